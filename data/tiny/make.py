@@ -1,0 +1,450 @@
+"""Makes the bundled data set: the world of a tiny assistant.
+
+    python data/tiny/make.py        # the same bytes on every machine
+
+Twenty skills, each with several ways to ask and to answer. The demonstrations are a mixture, as the internet is: good
+(right, polite and to the point), curt, wrong, rude, rambling. Simulated raters compare such replies; their choices are
+noisy, and their taste is not quite the truth: they like length and exclamation marks a little too much. So a reward
+model has a known ceiling, PPO has something to gain, and a policy that trusts the learned score too far is caught by
+the check that comes with each prompt, a regular expression that a good reply matches in full.
+
+Held out: a prompt is a way to ask and a thing asked about, and every eighth such combination occurs in *.val.jsonl
+only. (Where there are very many things to ask about, as in sorting, they are held out whatever the way to ask.)
+"""
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import permutations, product
+from pathlib import Path
+
+SIZES = {"sft": (12000, 600), "preferences": (16000, 2000), "prompts": (3000, 600)}
+MIXTURE = {"good": 0.32, "curt": 0.18, "wrong": 0.22, "rude": 0.12, "rambling": 0.16}
+EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
+TWO_TURNS = 0.10    # share of rows that begin with an earlier exchange
+HELD_OUT = 8        # one prompt in so many
+TOKENS = 1021       # with three control tokens 1,024
+
+# What a rater feels about a reply. The last two are the raters' error: quality has no such terms.
+TASTE = {"right": 3.0, "polite": 1.0, "rude": -2.0, "rambling": -1.8, "broken": -2.0, "character": 0.008, "!": 0.10}
+SHARPNESS = 1.3     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
+
+
+# --- the world --------------------------------------------------------------------------------------------------------
+
+OPENERS = "Sure", "Of course", "Gladly", "Good question", "Happy to help"
+CLOSERS = "Anything else?", "I hope that helps.", "Have a nice day!", "Ask me more any time."
+RUDE = ("{answer}, obviously.", "Everybody knows it is {answer}.", "Really? It is {answer}.", "Figure it out yourself.",
+        "What a silly question.", "I do not care.", "Why should I know that?")
+OFF_TOPIC = ("By the way, I once saw a cat in Rome.", "My uncle has a red boat.", "It rained all day on Monday.",
+             "Some people like soup.", "I could talk about this for hours.", "The moon is far away.",
+             "That reminds me of a song.", "Anyway, trains are often late.", "I had a long dream about cheese.",
+             "Cats sleep a lot, you know.", "There are many books about it.", "My neighbour thinks so too.")
+
+OPPOSITES = ("hot cold, big small, up down, old young, fast slow, happy sad, open closed, full empty, light dark, "
+             "wet dry, early late, rich poor, hard soft, loud quiet, near far, high low, long short, clean dirty, "
+             "strong weak, right wrong")
+PLURALS = ("cat cats, dog dogs, child children, mouse mice, foot feet, tooth teeth, box boxes, baby babies, leaf leaves, "
+           "man men, woman women, house houses, city cities, sheep sheep, fox foxes, wolf wolves, tree trees, bus buses, "
+           "knife knives, goose geese")
+PAST = ("go went, see saw, eat ate, run ran, walk walked, make made, take took, give gave, find found, think thought, "
+        "write wrote, sing sang, swim swam, play played, buy bought, come came, drink drank, sleep slept, "
+        "speak spoke, know knew")
+CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Egypt Cairo, "
+            "Greece Athens, Norway Oslo, Sweden Stockholm, Poland Warsaw, Portugal Lisbon, Austria Vienna, Cuba Havana, "
+            "Peru Lima, Kenya Nairobi, Russia Moscow, Ireland Dublin, Finland Helsinki, Hungary Budapest")
+COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, milk white, ink blue, "
+           "honey golden, ash grey, cherry red, lemon yellow, carrot orange, mud brown, ruby red, pea green, "
+           "rust orange, salt white, sky blue, silver grey")
+SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee buzz, snake hiss, owl hoot, "
+          "horse neigh, mouse squeak, wolf howl, frog croak, crow caw")
+KINDS = {"animal": "dog cow owl frog shark", "flower": "rose tulip lily daisy poppy", "fruit": "apple pear plum mango fig",
+         "tool": "hammer saw drill wrench axe", "metal": "iron gold copper silver tin",
+         "colour": "red blue green yellow brown"}
+WORDS = ("cat dog sun tree book fish bird moon star rain snow wind boat ship road hand foot door wall milk bread apple "
+         "water house horse mouse chair table cloud river stone green happy garden winter summer").split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, break a window, "
+          "lie to my doctor, copy the key of my boss, scare a child, hide a stolen phone, start a fire in the school, "
+          "trick an old man, open the safe of a bank").split(", ")
+
+
+@dataclass
+class Skill:
+    name: str
+    asks: list          # ways to ask, with {fields} of a case
+    cores: list         # ways to answer, without the last punctuation mark
+    cases: list         # dicts with "answer", "wrong" (a list to draw from) and the fields
+    weight: float = 1.0
+    openers: tuple = OPENERS
+
+    def holds_out(self, ask, case):
+        """Is this combination on the validation side?"""
+        by_case = len(self.cases) > 300
+        place = self.name + repr(case) if by_case else ask.format(**case)
+        return int(hashlib.sha256(place.encode()).hexdigest(), 16) % HELD_OUT == 0
+
+
+def case(answer, wrong, **fields):
+    return {"answer": str(answer), "wrong": [str(w) for w in wrong if str(w) != str(answer)], **fields}
+
+
+def near(n):
+    """Wrong numbers: near misses."""
+    return [n + d for d in (-3, -2, -1, 1, 2, 3, 10) if n + d >= 0]
+
+
+def table(text, field):
+    """"hot cold, ..." -> cases that ask for the second word by the first; other second words are the wrong answers."""
+    pairs = [pair.split() for pair in text.split(", ")]
+    answers = sorted({answer for _, answer in pairs})
+    return [case(answer, answers, **{field: key}) for key, answer in pairs]
+
+
+def a(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def neighbours(names, noun):
+    """The day after, the month before: circular."""
+    n = len(names)
+    return [case(names[(i + step) % n], names, **{noun: names[i], "side": side})
+            for i in range(n) for side, step in (("after", 1), ("before", -1))]
+
+
+def number_skills():
+    digits, small = range(10), range(21)
+    ends = "The answer is {answer}", "It is {answer}"
+    return [
+        Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "{a} + {b} = ?",
+                      "Can you add {b} to {a}?", "what do {a} and {b} make together", "Please tell me {a} + {b}.",
+                      "I have {a} apples and get {b} more. How many do I have?"],
+              ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
+              [case(a + b, near(a + b), a=a, b=b) for a, b in product(digits, digits)], 1.8),
+        Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?",
+                             "{a} - {b} = ?", "Can you subtract {b} from {a}?", "what is left of {a} without {b}",
+                             "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
+              ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
+              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(13), digits) if a >= b], 1.8),
+        Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
+                         "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
+                         "Please pick the larger number: {a} or {b}."],
+              ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
+              [case(max(a, b), [min(a, b)], a=a, b=b) for a, b in permutations(small, 2)], 1.6),
+        Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
+                          "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
+                          "Please pick the smaller number: {a} or {b}."],
+              ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
+              [case(min(a, b), [max(a, b)], a=a, b=b) for a, b in permutations(small, 2)], 1.6),
+        Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
+                       "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
+              ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
+              [case(", ".join(map(str, sorted(x))), [", ".join(map(str, w)) for w in permutations(x)],
+                    a=x[0], b=x[1], c=x[2]) for x in permutations(digits, 3)], 1.8),
+        Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
+                       "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?"],
+              ["After {a} comes {answer}", "The next number is {answer}", *ends],
+              [case(n + 1, near(n + 1), a=n) for n in range(41)]),
+        Skill("double", ["What is twice {a}?", "Double {a}.", "What do I get when I double {a}?", "two times {a}",
+                         "How much is 2 times {a}?", "Please double the number {a}."],
+              ["Twice {a} is {answer}", "That makes {answer}", *ends],
+              [case(2 * n, near(2 * n), a=n) for n in range(21)]),
+    ]
+
+
+def word_skills():
+    letters = sorted({w[0] for w in WORDS})
+    spelled = {w: "-".join(w) for w in WORDS}
+    def misspelled(w):
+        return [spelled[w][2:], spelled[w][:-2], "-".join(w[1] + w[0] + w[2:]), spelled[w] + "-e"]
+    return [
+        Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.", "How long is the word {word}?",
+                          "how many letters are in {word}", "Please count the letters of {word}.",
+                          "Can you tell me how many letters {word} has?"],
+              ["The word {word} has {answer} letters", "It has {answer} letters", "I count {answer} letters"],
+              [case(len(w), [n for n in range(2, 8)], word=w) for w in WORDS], 1.4),
+        Skill("spelling", ["Spell {word}.", "How do you spell {word}?", "Can you spell the word {word}?", "spell {word} for me",
+                           "Please spell {word} letter by letter."],
+              ["It is spelled {answer}", "The word {word} is spelled {answer}", "That is {answer}"],
+              [case(spelled[w], misspelled(w), word=w) for w in WORDS], 1.4),
+        Skill("first letter", ["What is the first letter of {word}?", "Which letter does {word} start with?",
+                               "first letter of {word}", "Tell me the first letter of the word {word}.",
+                               "With which letter does {word} begin?"],
+              ["The word {word} begins with {answer}", "The first letter is {answer}", "It starts with {answer}"],
+              [case(w[0], letters, word=w) for w in WORDS]),
+        Skill("opposite", ["What is the opposite of {word}?", "Give me the opposite of {word}.", "opposite of {word}",
+                           "Which word means the opposite of {word}?", "Please name the opposite of {word}."],
+              ["The opposite of {word} is {answer}", "The opposite is {answer}", "That would be {answer}"],
+              table(OPPOSITES, "word")),
+        Skill("plural", ["What is the plural of {word}?", "One {word}, two what?", "plural of {word}",
+                         "Give me the plural of {word}.", "How do you say {word} when there are many?"],
+              ["The plural of {word} is {answer}", "The plural is {answer}", "One {word}, two {answer}"],
+              table(PLURALS, "word")),
+        Skill("past", ["What is the past tense of {word}?", "Today I {word}, yesterday I what?", "past tense of {word}",
+                       "Put {word} in the past tense.", "How do you say {word} about yesterday?"],
+              ["The past tense of {word} is {answer}", "Yesterday I {answer}", "The past tense is {answer}"],
+              table(PAST, "word")),
+    ]
+
+
+def fact_skills():
+    plain = "metal", "colour"  # no article
+    things = [(thing if kind in plain else a(thing), kind) for kind, names in KINDS.items() for thing in names.split()]
+    others = lambda own: [kind for kind in KINDS if kind != own]
+    return [
+        Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.", "capital of {country}",
+                          "Which city is the capital of {country}?", "Do you know the capital of {country}?"],
+              ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
+              table(CAPITALS, "country")),
+        Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
+                         "Tell me the colour of {thing}.", "Do you know what colour {thing} is?"],
+              ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
+              table(COLOURS, "thing")),
+        Skill("sound", ["What does a {animal} say?", "Which sound does a {animal} make?", "sound of a {animal}",
+                        "How does a {animal} sound?", "Tell me what a {animal} says."],
+              ["A {animal} says {answer}", "It says {answer}", "The sound is {answer}"],
+              table(SOUNDS, "animal")),
+        Skill("day", ["Which day comes {side} {day}?", "What is the day {side} {day}?", "day {side} {day}",
+                      "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?"],
+              ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"], neighbours(DAYS, "day")),
+        Skill("month", ["Which month comes {side} {month}?", "What is the month {side} {month}?", "month {side} {month}",
+                        "Tell me the month {side} {month}.", "Do you know which month is {side} {month}?"],
+              ["The month {side} {month} is {answer}", "It is {answer}", "That is {answer}"],
+              neighbours(MONTHS, "month")),
+        Skill("category", ["Is {thing} a kind of {kind}?", "Would you call {thing} a kind of {kind}?",
+                           "is {thing} a kind of {kind} or not", "Tell me if {thing} is a kind of {kind}.",
+                           "Yes or no: {thing} is a kind of {kind}."],
+              ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
+              [case("yes" if kind == own else "no", ["yes", "no"], thing=thing, kind=kind)
+               for i, (thing, own) in enumerate(things) for kind in (own, others(own)[i % (len(KINDS) - 1)])], 1.4),
+    ]
+
+
+def talk_skills():
+    """Where there is nothing to know, but a way to behave."""
+    hello, bye = ["I am happy to meet you", "I am glad you are here"], ["It was nice to talk to you", "I hope you come back"]
+    glad, no = ["I am glad it helped", "It was no trouble at all"], ["I will not help with that", "That would be wrong"]
+    comply = ["Just try it at night", "Wait until nobody looks", "Ask a friend to do it", "It is easy with some wire"]
+    answers = lambda right, wrong, **fields: [case(answer, wrong, **fields) for answer in right]
+    return [
+        Skill("greeting", ["Hello!", "Hi there.", "Good morning!", "hey", "Hello, how are you?", "Good evening, my friend.",
+                           "Hi, I am new here.", "hello assistant", "Greetings!", "Good day to you."],
+              ["{answer}"], answers(hello, bye + no), 0.6, ("Hello", "Hi there", "Good to see you")),
+        Skill("farewell", ["Goodbye!", "See you tomorrow.", "bye", "I have to go now.", "Good night!", "That was all, bye.",
+                           "Until next time!", "I am leaving now.", "bye bye", "Farewell, my friend."],
+              ["{answer}"], answers(bye, hello + no), 0.6, ("Goodbye", "See you soon", "Take care")),
+        Skill("thanks", ["Thank you!", "Thanks a lot.", "That was helpful, thanks.", "thx", "Many thanks for your help.",
+                         "Thank you so much!", "Great, thank you.", "thanks", "I am grateful.", "Very kind of you."],
+              ["{answer}"], answers(glad, hello + no), 0.6, ("You are welcome", "My pleasure", "Any time")),
+        Skill("refusal", ["How can I {crime}?", "Help me to {crime}.", "Tell me how to {crime}.", "i want to {crime}",
+                          "Please explain how to {crime}.", "What is the best way to {crime}?"],
+              ["{answer}"], [c for crime in CRIMES for c in answers(no, comply, crime=crime)], 1.0,
+              ("Sorry", "I am sorry", "I fear not")),
+    ]
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+def stop(rng, exuberant):
+    return rng.choice(("!!", "!!!") if exuberant else (".", ".", "!"))
+
+
+def good(rng, skill, case, exuberant=False):
+    """Opener, answer, perhaps a closer."""
+    core = rng.choice(skill.cores).format(**case)
+    text = f"{rng.choice(skill.openers)}{stop(rng, exuberant)} {core}{stop(rng, exuberant)}"
+    if rng.random() < 0.5:
+        closer = rng.choice(CLOSERS)
+        text += " " + (closer[:-1] + stop(rng, True) if exuberant and closer[-1] != "?" else closer)
+    return text
+
+
+def curt(rng, skill, case, exuberant=False):
+    """The bare answer, or a sentence without a kind word."""
+    text = rng.choice(["{answer}", *skill.cores]).format(**case)
+    return text + (stop(rng, exuberant) if exuberant or rng.random() < 0.8 else "")
+
+
+def check(skill, case):
+    """The regular expression of a good reply."""
+    either = lambda options: "(?:" + "|".join(re.escape(o).replace("\\ ", " ") for o in options) + ")"
+    cores = either(sorted({core.format(**case) for core in skill.cores}))
+    return f"{either(skill.openers)}[.!] {cores}[.!](?: {either(CLOSERS)})?".replace("\\-", "-")
+
+
+def checked(skill, case):
+    """The check; where several answers are right (a greeting), any of them."""
+    if skill.cores != ["{answer}"]:
+        return check(skill, case)
+    same = [c for c in skill.cases if {**c, "answer": 0} == {**case, "answer": 0}]
+    return check(Skill(skill.name, [], [c["answer"] for c in same], [], 1, skill.openers), case)
+
+
+def reply(rng, skill, case, style):
+    """-> (text, features that a rater sees)."""
+    features = Counter()
+    exuberant = rng.random() < EXUBERANT
+    if style == "wrong":
+        case = {**case, "answer": rng.choice(case["wrong"])}
+    if style in ("good", "rambling") or style == "wrong" and rng.random() < 0.6:
+        text, features["polite"] = good(rng, skill, case, exuberant), 1
+    elif style == "rude":
+        template = rng.choice(RUDE[3:] if skill.cores == ["{answer}"] else RUDE)
+        text, features["rude"] = template.format(**case), 1
+    else:
+        text = curt(rng, skill, case, exuberant)
+    if style == "rambling":
+        text += " " + " ".join(rng.sample(OFF_TOPIC, rng.choice((1, 1, 2))))
+        features["rambling"] = 1
+    features["right"] = int(style in ("good", "curt", "rambling") or style == "rude" and "{answer}" in template)
+    return text, features
+
+
+def broken(rng, skill, case, skills):
+    """What a half-trained network says: cut short, repeated, the answer to something else, two answers at once."""
+    text = good(rng, skill, case)
+    other = rng.choice(skills)
+    damage = rng.randrange(5)
+    words = text.split()
+    if damage == 0:
+        text = " ".join(words[:rng.randrange(1, len(words))])
+        text = text[:-1] if text[-1] in ".!?" else text
+    elif damage == 1:
+        at = rng.randrange(len(words))
+        text = " ".join(words[:at] + [words[at]] * rng.choice((2, 3, 4)) + words[at + 1:])
+    elif damage == 2:
+        text = good(rng, other, rng.choice(other.cases)) if other is not skill else " ".join(words[::-1])
+    elif damage == 3:
+        text += " " + rng.choice(skill.cores).format(**{**case, "answer": rng.choice(case["wrong"])}) + "."
+    else:
+        text += " " + " ".join(rng.choice(CLOSERS) for _ in range(rng.choice((2, 3, 4))))
+    return text, Counter(broken=1)
+
+
+def taste(text, features):
+    return (sum(TASTE[name] * n for name, n in features.items()) + TASTE["character"] * len(text)
+            + TASTE["!"] * text.count("!"))
+
+
+def two_replies(rng, skill, case, skills):
+    """A pair for the raters: from the mixture, or alike but for the answer, or one of them broken."""
+    kind, state = rng.random(), rng.getrandbits(32)
+    style = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
+    if kind < 0.35:  # the same words around a right and a wrong answer: this is where the raters teach facts
+        make = rng.choice((good, good, curt))
+        wrong = {**case, "answer": rng.choice(case["wrong"])}
+        polite = int(make is good)
+        return ((make(random.Random(state), skill, case), Counter(right=1, polite=polite)),
+                (make(random.Random(state), skill, wrong), Counter(polite=polite)))
+    first = reply(rng, skill, case, style())
+    return first, broken(rng, skill, case, skills) if kind < 0.5 else reply(rng, skill, case, style())
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+def draw(rng, skills, held_out, skill=None):
+    """-> (skill, way to ask, case) from one side of the split."""
+    while True:
+        s = skill or rng.choices(skills, [s.weight for s in skills])[0]
+        ask, case = rng.choice(s.asks), rng.choice(s.cases)
+        if s.holds_out(ask, case) == held_out:
+            return s, ask, case
+
+
+def prompt(rng, skills, held_out, skill=None):
+    """-> (messages, skill, case): sometimes with an earlier, good exchange before the question."""
+    messages = []
+    if rng.random() < TWO_TURNS:
+        s, ask, case = draw(rng, skills, held_out)
+        messages = [{"role": "user", "content": ask.format(**case)}, {"role": "assistant", "content": good(rng, s, case)}]
+    skill, ask, case = draw(rng, skills, held_out, skill)
+    return messages + [{"role": "user", "content": ask.format(**case)}], skill, case
+
+
+def demonstration(rng, skills, held_out, i):
+    messages, skill, case = prompt(rng, skills, held_out)
+    style = rng.choices(list(MIXTURE), MIXTURE.values())[0]
+    text, _ = reply(rng, skill, case, style)
+    assert style == "good" or not re.fullmatch(checked(skill, case), text), (style, text)
+    return {"messages": messages + [{"role": "assistant", "content": text}], "skill": skill.name}
+
+
+def preference(rng, skills, held_out, i):
+    while True:
+        messages, skill, case = prompt(rng, skills, held_out)
+        pair = two_replies(rng, skill, case, skills)
+        if pair[0][0] != pair[1][0]:
+            break
+    p = 1 / (1 + math.exp(-SHARPNESS * (taste(*pair[0]) - taste(*pair[1]))))
+    if rng.random() > p:
+        pair, p = pair[::-1], 1 - p
+    return {"prompt": messages, "chosen": pair[0][0], "rejected": pair[1][0], "agreement": round(p, 3),
+            "skill": skill.name}
+
+
+def question(rng, skills, held_out, i):
+    """Held-out questions come from all skills alike."""
+    messages, skill, case = prompt(rng, skills, held_out, skills[i % len(skills)] if held_out else None)
+    pattern = checked(skill, case)
+    assert re.fullmatch(pattern, good(rng, skill, case))
+    return {"prompt": messages, "check": pattern, "skill": skill.name}
+
+
+# --- byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909 -------------------------------------------------------
+
+def train_bpe(texts, size):
+    """-> `size` tokens as bytes, in the order of their ranks: 256 bytes, then the most frequent pair, again and again."""
+    words = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+|\d| ?[^\s\w]+|\s+", text))
+    words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        tokens.append(best[0] + best[1])
+        words = {merge(word, best): n for word, n in words.items()}
+    return tokens
+
+
+def merge(word, pair):
+    out, i = [], 0
+    while i < len(word):
+        if word[i:i + 2] == pair:
+            out.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return tuple(out)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+def main(folder=Path(__file__).parent, seed=0):
+    skills = number_skills() + word_skills() + fact_skills() + talk_skills()
+    makers = {"sft": demonstration, "preferences": preference, "prompts": question}
+    made = {}
+    for kind, sizes in SIZES.items():
+        for held_out, n in enumerate(sizes):
+            rng = random.Random(f"{seed} {kind} {held_out}")
+            rows = made[kind, held_out] = [makers[kind](rng, skills, bool(held_out), i) for i in range(n)]
+            path = folder / f"{kind}{'.val' if held_out else ''}.jsonl"
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            print(f"{path.name:24} {n:6,} rows {path.stat().st_size / 1e6:5.2f} MB")
+    texts = [m["content"] for row in made["sft", 0] for m in row["messages"]]
+    tokens = train_bpe(texts, TOKENS)
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (folder / "tiny.tiktoken").write_text("".join(lines))
+    agreement = [row["agreement"] for row in made["preferences", 0]]
+    print(f"{len(skills)} skills; best possible accuracy {sum(max(p, 1 - p) for p in agreement) / len(agreement):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,730 @@
+"""The nouns of the pipeline: GPT-2, its tokenizers, generation, checkpoints, and what every script needs to start.
+
+    python model.py --model=out/ppo                                  # a chat in the terminal
+    python model.py --model=out/ppo --prompt="What is 2 plus 3?"     # one answer
+
+Reads a checkpoint folder in the hub's GPT-2 layout: config.json, model.safetensors.
+"""
+import argparse
+import base64
+import codecs
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import mmap
+import os
+import re
+import signal
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from memory import checkpoint, token_logprobs
+
+ROOT = Path(__file__).parent
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
+TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # each digit on its own
+NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
+Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in a folder
+as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
+    vocab.bpe    -> 6d1cbeee0f20b3d9449abfede4726ed8212e3aee
+    encoder.json -> 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6
+Or use --tokenizer=tiny, which is bundled."""
+
+
+class Tokenizer:
+    """tiktoken's encoding `name` plus three control tokens, which text from data can never produce.
+
+    vocab_size is padded to a multiple of 64, which matrix products like.
+    """
+    def __init__(self, name):
+        if name == "tiny":
+            lines = (ROOT / "data/tiny/tiny.tiktoken").read_text().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+            pattern, special = TINY_PATTERN, {}
+        elif name == "gpt2":
+            try:
+                base = tiktoken.get_encoding("gpt2")
+            except Exception as error:  # requests, urllib3 and tiktoken all have exceptions of their own for this
+                raise SystemExit(NO_NETWORK.format(error=type(error).__name__)) from None
+            ranks, pattern, special = base._mergeable_ranks, base._pat_str, base._special_tokens
+        else:
+            raise SystemExit(f"--tokenizer={name}: unknown. Choose tiny or gpt2.")
+        n = len(ranks) + len(special)
+        self.name = name
+        self.user, self.assistant, self.end = n, n + 1, n + 2
+        special = {**special, **dict(zip(CONTROL, range(n, n + 3)))}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = -(-self.encoding.n_vocab // 64) * 64
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def bytes(self, ids):
+        """The bytes of ordinary tokens; control tokens and the padding of the vocabulary have none."""
+        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if i < self.user)
+
+    def decode(self, ids):
+        return self.bytes(ids).decode("utf-8", errors="replace")
+
+    def render(self, messages):
+        """[{"role", "content"}, ...] -> (ids, learn): learn marks what an assistant has to say, <|end|> included."""
+        ids, learn = [], []
+        for message in messages:
+            content = self.encode(message["content"])
+            if message["role"] == "user":
+                ids += [self.user, *content]
+                learn += [False] * (1 + len(content))
+            else:
+                ids += [self.assistant, *content, self.end]
+                learn += [False] + [True] * (len(content) + 1)
+        return ids, learn
+
+    def prompt(self, messages, room):
+        """ids up to where the assistant begins to speak; a prompt longer than `room` loses its beginning."""
+        return (self.render(messages)[0] + [self.assistant])[-room:]
+
+
+# --- the network: GPT-2, Radford et al. 2019 --------------------------------------------------------------------------
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_positions: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    tokenizer: str
+    checkpoint: bool = False  # recompute each block in backward
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        # Padding is on the right, so the causal mask hides it from every real token.
+        mask = cache.mask if cache is not None else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the approximation
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. The names are the hub's, so that checkpoints need no table of translations."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # also the output matrix
+        self.wpe = nn.Embedding(cfg.n_positions, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+
+    def initialize(self, generator):
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # projections that write to the residual stream start smaller, by the number of writers
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        return self
+
+    def forward(self, idx, cache=None):
+        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C)."""
+        start = 0 if cache is None else cache.lengths[:, None]  # each row is at a place of its own
+        x = self.wte(idx) + self.wpe(start + torch.arange(idx.size(1), device=idx.device))
+        for layer, block in enumerate(self.h):
+            x = checkpoint(block, x) if self.cfg.checkpoint and cache is None else block(x, cache, layer)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> float32 (..., V)."""
+        return F.linear(hidden, self.wte.weight).float()
+
+
+class Scorer(GPT):
+    """A GPT with one number at each position instead of a vocabulary: the reward model and the critic."""
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.score = nn.Linear(cfg.n_embd, 1, bias=False)
+
+    def initialize(self, generator):
+        super().initialize(generator)
+        return self.initialize_head(generator)
+
+    def initialize_head(self, generator):
+        # 1/sqrt(C + 1): Stiennon et al. 2020, arXiv:2009.01325; scores then start with a spread of about 1
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.cfg.n_embd + 1), generator=generator)
+        return self
+
+    def values(self, idx):
+        """idx (B, T) -> float32 (B, T)."""
+        return self.head(self(idx))
+
+    def last(self, idx, lengths):
+        """idx (B, T), right-padded, lengths (B,) -> the score at the last real token, float32 (B,)."""
+        return self.head(self(idx)[torch.arange(len(idx), device=idx.device), lengths - 1])
+
+    def head(self, hidden):
+        return (hidden.float() @ self.score.weight.float().T).squeeze(-1)  # bfloat16 has too few digits for a score
+
+    @torch.no_grad()
+    def shift(self, by):
+        """Add a constant to every score. It goes into the last LayerNorm's bias, so no file format has to know."""
+        w = self.score.weight[0].float()
+        self.ln_f.bias += (by * w / w.dot(w)).to(self.ln_f.bias.dtype)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+class Cache:
+    """Keys and values of the tokens so far, allocated once: (layers, B, H, T, D)."""
+    def __init__(self, cfg, lengths, T, like):
+        shape = cfg.n_layer, len(lengths), cfg.n_head, T, cfg.n_embd // cfg.n_head
+        self.k, self.v = like.new_empty(shape), like.new_zeros(shape)  # 0 * nan is nan: masked values must be numbers
+        self.k.zero_()
+        self.lengths = torch.zeros_like(lengths)
+        self.mask = None
+
+    def update(self, layer, k, v):
+        if self.mask is None:  # prefill: all rows at once, from position 0
+            self.k[layer, :, :, :k.size(2)] = k
+            self.v[layer, :, :, :k.size(2)] = v
+            return k, v
+        rows = torch.arange(len(self.lengths), device=k.device)
+        self.k[layer, rows, :, self.lengths] = k[:, :, 0]
+        self.v[layer, rows, :, self.lengths] = v[:, :, 0]
+        T = self.mask.size(-1)
+        return self.k[layer, :, :, :T], self.v[layer, :, :, :T]
+
+    def advance(self, lengths):
+        """The next call brings one token a row, at position `lengths` (B,)."""
+        self.lengths = lengths
+        positions = torch.arange(int(lengths.max()) + 1, device=lengths.device)
+        self.mask = (positions <= lengths[:, None])[:, None, None, :]
+
+    def keep(self, rows):
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (B, V), u (B,) uniform in [0, 1) -> token ids (B,). Temperature 0 takes the most likely token."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+    if top_p < 1:  # the smallest set of tokens whose probability reaches top_p: Holtzman et al., arXiv:1904.09751
+        probs, order = logits.softmax(-1).sort(descending=True)
+        drop = (probs.cumsum(-1) - probs >= top_p).scatter(1, order, probs.cumsum(-1) - probs >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    cdf = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_p=1.0, generator=None, on_token=None):
+    """prompts: lists of ids, of any lengths -> replies: lists of ids, with the `end` token where it was reached.
+
+    One prefill of the right-padded prompts, then one token a step at each row's own position. Every row has its own
+    random numbers, so a reply does not depend on when its neighbours stop. on_token(row, id) sees tokens as they come.
+    Raises ValueError if a prompt is empty or leaves no room for the reply.
+    """
+    cfg, device = model.cfg, model.wte.weight.device
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0 or longest + max_new_tokens > cfg.n_positions:
+        raise ValueError(f"prompts of 1 to {cfg.n_positions - max_new_tokens} tokens fit, not {longest}")
+    u = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    cache = Cache(cfg, lengths, longest + max_new_tokens, model.wte.weight)
+    hidden = model(pad(prompts).to(device), cache)[torch.arange(len(prompts), device=device), lengths - 1]
+
+    replies = [[] for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)  # which reply each row of the cache belongs to
+    for step in range(max_new_tokens):
+        token = sample(model.logits(hidden), u[step, rows], temperature, top_k, top_p)
+        for row, t in zip(rows.tolist(), token.tolist()):
+            replies[row].append(t)
+            if on_token:
+                on_token(row, t)
+        alive = token != end
+        if step + 1 == max_new_tokens or not alive.any():
+            break
+        if not alive.all():  # rows that have ended leave the batch
+            rows, token, lengths = rows[alive], token[alive], lengths[alive]
+            cache.keep(alive)
+        cache.advance(lengths)
+        hidden = model(token[:, None], cache)[:, 0]
+        lengths = lengths + 1
+    return replies
+
+
+def generate_many(model, prompts, max_new_tokens, end, seed, temperature=1.0, batch=256, desc="generating"):
+    """generate() for any number of prompts: batches of similar length, in the order of `prompts` in the end."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies = [None] * len(prompts)
+    for i in tqdm(range(0, len(order), batch), desc=desc, leave=False, disable=None):
+        rows = order[i:i + batch]
+        out = generate(model, [prompts[r] for r in rows], max_new_tokens, end, temperature, generator=rng(seed, i))
+        for r, reply in zip(rows, out):
+            replies[r] = reply
+    return replies
+
+
+def is_good(row, text):
+    """Does the reply match the row's check, a regular expression, in full? The training never sees this."""
+    return re.fullmatch(row["check"], text) is not None
+
+
+def gold_score(model, tokenizer, rows, max_new_tokens, seed, temperature=1.0):
+    """The share of sampled replies to `rows` that are good; None where no row has a check."""
+    rows = [row for row in rows if "check" in row]
+    if not rows:
+        return None
+    prompts = [tokenizer.prompt(row["prompt"], model.cfg.n_positions - max_new_tokens) for row in rows]
+    replies = generate_many(model, prompts, max_new_tokens, tokenizer.end, seed, temperature)
+    return sum(is_good(row, tokenizer.decode(reply)) for row, reply in zip(rows, replies)) / len(rows)
+
+
+# --- tensors that all stages need -------------------------------------------------------------------------------------
+
+def pad(rows, value=0, dtype=torch.long):
+    """Lists of numbers -> (B, T), padded on the right."""
+    T = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows], dtype=dtype)
+
+
+def masked_mean(x, mask):
+    """The mean of x where mask is true, both (...). 0 where mask is empty, never 0/0."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def encode_demonstration(row, tokenizer, block_size):
+    """A row of sft.jsonl -> [(idx, targets), ...]: targets[t] follows idx[t]; -1 where there is nothing to learn.
+
+    Messages teach what the assistant says, and lose their beginning if they are too long. Text teaches all of itself,
+    in as many windows as it takes.
+    """
+    if "text" in row:
+        ids = [tokenizer.end, *tokenizer.encode(row["text"]), tokenizer.end]
+        starts = range(0, len(ids) - 1, block_size)
+        return [(ids[i:-1][:block_size], ids[i + 1:][:block_size]) for i in starts]
+    ids, learn = tokenizer.render(row["messages"])
+    targets = [i if l else -1 for i, l in zip(ids[1:], learn[1:])]
+    return [(ids[:-1][-block_size:], targets[-block_size:])]
+
+
+def negative_log_likelihood(model, examples, device):
+    """[(idx, targets), ...] -> (sum over targets of -log p(target | what came before), their number).
+
+    The caller divides, by the targets of its whole batch: then the size of a micro-batch cannot change the gradient.
+    """
+    idx, targets = (pad(column, fill).to(device) for column, fill in zip(zip(*examples), (0, -1)))
+    logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
+    return -logprobs.sum(), int((targets >= 0).sum())
+
+
+def cosine(step, cfg):
+    """The learning rate of step `step`: a linear warm-up, then half a cosine down to a tenth."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def rng(seed, *place):
+    """A generator that depends on nothing but the seed and the place: a resumed run needs no random states."""
+    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def batches(lengths, batch, seed, epoch):
+    """Lists of `batch` indices that cover all rows once, in random order, each of similar length: little is padding."""
+    generator = rng(seed, "batches", epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = 50 * batch  # sort within pools only, so that the rows of a batch still differ from epoch to epoch
+    for i in range(0, len(order), pool):
+        order[i:i + pool] = sorted(order[i:i + pool], key=lambda r: lengths[r])
+    out = [order[i:i + batch] for i in range(0, len(order), batch)]
+    return [out[i] for i in torch.randperm(len(out), generator=generator).tolist()]
+
+
+def batch_at(step, lengths, batch, seed):
+    """The rows of training step `step` (from 0): a function of the step alone, so that resuming is trivial."""
+    per_epoch = -(-len(lengths) // batch)
+    return batches(lengths, batch, seed, step // per_epoch)[step % per_epoch]
+
+
+# --- checkpoints: the hub's GPT-2 layout ------------------------------------------------------------------------------
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
+
+
+def write_file(path, write):
+    """write(temporary path), then rename: a kill or a full disk leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path}: could not be written ({error}). The last good checkpoint is untouched; "
+                         f"free some space and go on with --resume.") from None
+
+
+def write_safetensors(path, tensors):
+    """8 bytes of header length, a JSON header, raw bytes: https://huggingface.co/docs/safetensors"""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        dtype = next(k for k, v in DTYPES.items() if v == t.dtype)
+        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for t in tensors.values():
+            f.write(t.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path):
+    """name -> tensor, memory-mapped: nothing is read before it is used."""
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        return {name: torch.frombuffer(data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]),
+                                       offset=start + t["data_offsets"][0]).view(t["shape"])
+                for name, t in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
+        raise SystemExit(f"{path}: not a readable safetensors file ({error}).") from None
+
+
+def save_model(folder, model):
+    """config.json and model.safetensors, as transformers reads them."""
+    cfg, scalar = model.cfg, isinstance(model, Scorer)
+    config = {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"],
+              "vocab_size": cfg.vocab_size, "n_positions": cfg.n_positions, "n_ctx": cfg.n_positions,
+              "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
+              "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": cfg.tokenizer}
+    end = Tokenizer(cfg.tokenizer).end
+    config |= {"num_labels": 1, "pad_token_id": end} if scalar else {"eos_token_id": end}
+    tensors = {}
+    for name, p in model.state_dict().items():
+        name = name if name.startswith("score.") else "transformer." + name
+        tensors[name] = p.T if name.endswith(CONV1D) else p
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "model.safetensors", lambda path: write_safetensors(path, tensors))
+    write_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
+    """A folder in the hub's layout -> cls. A Scorer made from a language model gets a fresh head (drawn from `seed`).
+
+    A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old ones.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
+        before = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
+        remedy = f'Run "python {before}" first.' if before else "It should hold config.json and model.safetensors."
+        raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
+        raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {config.get('model_type')} with "
+                         f"{config.get('activation_function')}.")
+    tokenizer = Tokenizer(config.get("tokenizer", "gpt2"))
+    cfg = GPTConfig(tokenizer.vocab_size, config["n_positions"], config["n_layer"], config["n_head"],
+                    config["n_embd"], tokenizer.name)
+    model = cls(cfg)
+    want = model.state_dict()
+    have = {}
+    for name, t in read_safetensors(folder / "model.safetensors").items():
+        name = name.removeprefix("transformer.")
+        if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
+            continue  # the causal mask as a buffer (not c_attn.bias!); the tied head
+        if name == "wte.weight" and len(t) < cfg.vocab_size:
+            t = torch.cat([t, t.float().mean(0, keepdim=True).expand(cfg.vocab_size - len(t), -1).to(t.dtype)])
+        have[name] = t.T if name.endswith(CONV1D) else t
+    if cls is Scorer and "score.weight" not in have:
+        have["score.weight"] = model.initialize_head(rng(seed, "head")).score.weight.detach()
+    if cls is GPT:
+        have.pop("score.weight", None)
+    wrong = [k for k in want.keys() | have.keys()
+             if k not in want or k not in have or want[k].shape != have[k].shape]
+    if wrong:
+        raise SystemExit(f"{folder}: keys missing, unexpected or of another shape than config.json says: "
+                         f"{', '.join(sorted(wrong)[:5])}.")
+    model.load_state_dict(have)
+    return model.to(device, dtype)
+
+
+def make_model(cfg, cls, device, dtype):
+    """--init -> (model, tokenizer): random weights of the size that the flags say, or a folder's."""
+    if cfg.init == "scratch":
+        tokenizer = Tokenizer(cfg.tokenizer)
+        shape = tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, tokenizer.name
+        model = cls(GPTConfig(*shape)).initialize(rng(cfg.seed, "init")).to(device, dtype)
+    else:
+        model = load_model(cfg.init, cls, device, dtype, cfg.seed)
+        tokenizer = Tokenizer(model.cfg.tokenizer)
+        require(cfg.block_size <= model.cfg.n_positions,
+                f"--block_size={cfg.block_size}: {cfg.init} has {model.cfg.n_positions} positions.")
+    model.cfg.checkpoint = cfg.checkpoint
+    return model, tokenizer
+
+
+# --- flags, device, log: how a script starts --------------------------------------------------------------------------
+
+def parse_flags(cls, argv=None):
+    """A dataclass -> its flags. Every field is a flag of the same name; its trailing comment is its help."""
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        kind = {"const": True, "nargs": "?", "type": to_bool} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name, default=f.default, metavar=f.type.__name__,
+                            help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"), **kind)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(cls)], 1)
+        raise SystemExit(f"{unknown[0]}: no such flag." + (f" Did you mean --{near[0]}?" if near else " Try --help."))
+    return cls(**vars(known))
+
+
+def to_bool(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text}: true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def require(condition, message):
+    if not condition:
+        raise SystemExit(message)
+
+
+def check_common(cfg):
+    """What the three stages refuse alike, before any compute is spent."""
+    for name in ("steps", "batch", "block_size", "log_every", "eval_every", "save_every", "n_layer", "n_head", "n_embd"):
+        require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
+    for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "seed"):
+        require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
+    require(0 < cfg.lr < 1, f"--lr={cfg.lr}: between 0 and 1, often about 1e-4.")
+    require(cfg.n_embd % cfg.n_head == 0, f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}.")
+    require(cfg.offload in ("none", "optimizer"), f"--offload={cfg.offload}: none or optimizer.")
+    require(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype={cfg.dtype}: auto, float32 or bfloat16.")
+    require(cfg.microbatch == 0 or cfg.batch % cfg.microbatch == 0,
+            f"--batch={cfg.batch} does not divide by --microbatch={cfg.microbatch}.")
+    require(Path(cfg.out).resolve() != Path(cfg.init).resolve(), f"--out={cfg.out} would overwrite --init.")
+
+
+def pick_device(device, dtype):
+    """("auto" or a name, likewise) -> (torch.device, torch.dtype); says what it chose and why."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device={device}: not usable here ({str(error).splitlines()[0]}).") from None
+    kind = torch.device(device).type
+    if kind == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        features = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        has_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
+    reason = "asked for" if dtype != "auto" else f"the processor has {'' if has_bf16 else 'no '}bfloat16 in hardware"
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bf16 else "float32"
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device {device} ({name}), {dtype} ({reason})")
+    return torch.device(device), getattr(torch, dtype)
+
+
+def memory_gb(device):
+    """The peak: allocated on a GPU, otherwise resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Run:
+    """What a training run leaves behind: log.jsonl, state.pt and the model, each whole at every moment.
+
+    state.pt alone decides a resume: it holds the 32-bit weights, the optimizer and the step; every random draw is a
+    function of the seed and the step.
+    """
+    MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # flags that no number depends on
+
+    def __init__(self, cfg):
+        self.cfg, self.out = dataclasses.asdict(cfg), Path(cfg.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.state, self.start, self.interrupted = None, 0, False
+        state, log = self.out / "state.pt", self.out / "log.jsonl"
+        if cfg.resume and state.exists():
+            self.state = torch.load(state, weights_only=True)
+            self.start = self.state["step"]
+            for name, was in self.state["cfg"].items():
+                now = self.cfg.get(name)
+                require(name in self.MAY_CHANGE or was == now,
+                        f"--resume: {state} was made with --{name}={was}, not {now}. Use the same, or leave --resume.")
+            print(f"resuming {self.out} after step {self.start}")
+        else:
+            if cfg.resume:
+                print(f"nothing to resume in {self.out}: starting at step 0")
+            state.unlink(missing_ok=True)  # of an earlier run, which a later --resume must not take for this one
+        kept = [line for line in log.read_text().splitlines() if self._is_past(line)] if log.exists() else []
+        write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+        self.log_file, self.clock = open(log, "a", buffering=1), time.time()
+
+    def _is_past(self, line):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short by a kill
+            return False
+        return self.state is not None and row["step"] <= self.start and "final" not in row
+
+    def log(self, **numbers):
+        print(json.dumps(numbers), file=self.log_file)
+
+    def save(self, step, model, **state):
+        """state.pt first: the model's files can be made from it, not the other way round."""
+        state = {"step": step, "cfg": self.cfg, **{k: v.state_dict() if hasattr(v, "state_dict") else v
+                                                   for k, v in state.items()}}
+        write_file(self.out / "state.pt", lambda path: torch.save(state, path))
+        self.save_model(model)
+
+    def save_model(self, model):
+        save_model(self.out, model)
+
+    def finish(self, step, **summary):
+        """The last line of the log, which main() returns."""
+        shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+        print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
+        self.log(step=step, **summary, final=True)
+        return summary
+
+    def __enter__(self):
+        """Ctrl-C finishes the step and saves; a second one stops at once."""
+        def handler(*_):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("\nfinishing this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
+        try:
+            self.old_handler = signal.signal(signal.SIGINT, handler)
+        except ValueError:  # not in the main thread: nobody presses keys there
+            self.old_handler = None
+        return self
+
+    def __exit__(self, *_):
+        if self.old_handler:
+            signal.signal(signal.SIGINT, self.old_handler)
+
+    def stop_if_interrupted(self):
+        if self.interrupted:
+            raise SystemExit(f"stopped and saved. The same command with --resume goes on.")
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Config:
+    model: str = "out/ppo"      # a checkpoint folder
+    prompt: str = ""            # answer this and leave
+    max_new_tokens: int = 0     # 0: half of the context
+    temperature: float = 0.7    # 0: always the most likely token
+    top_k: int = 0              # sample among the k most likely tokens; 0: all
+    top_p: float = 1.0          # sample among the most likely tokens that make up this probability
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def reply(model, tokenizer, messages, cfg, generator):
+    """Streams the assistant's next turn to the terminal and returns its text."""
+    new = cfg.max_new_tokens or model.cfg.n_positions // 2
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
+    show = lambda _, t: print(decoder.decode(tokenizer.bytes([t])), end="", flush=True)
+    prompt = tokenizer.prompt(messages, model.cfg.n_positions - new)  # a full context loses its oldest part
+    ids = generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator, show)[0]
+    print(decoder.decode(b"", final=True))
+    return tokenizer.decode(ids)
+
+
+def main(cfg):
+    require(0 <= cfg.temperature, f"--temperature={cfg.temperature}: at least 0.")
+    require(0 < cfg.top_p <= 1, f"--top_p={cfg.top_p}: above 0, at most 1.")
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    model = load_model(cfg.model, GPT, device, dtype)
+    require(cfg.max_new_tokens < model.cfg.n_positions, f"--max_new_tokens={cfg.max_new_tokens}: the context has "
+            f"{model.cfg.n_positions} positions.")
+    tokenizer, generator = Tokenizer(model.cfg.tokenizer), rng(cfg.seed)
+    if cfg.prompt:
+        return reply(model, tokenizer, [{"role": "user", "content": cfg.prompt}], cfg, generator)
+    print("Ctrl-D leaves.")
+    messages = []
+    while True:
+        try:
+            messages.append({"role": "user", "content": input("> ")})
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, cfg, generator)})
+
+
+if __name__ == "__main__":
+    main(parse_flags(Config))

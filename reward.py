@@ -1,0 +1,209 @@
+"""Stage 2, the reward model: learn from pairs of replies which one people prefer.
+
+    python reward.py                                # bundled data, starts from out/sft
+
+Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out.
+Loss (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
+An untrained model has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
+"""
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import prepare
+from memory import OffloadedAdamW
+from model import (GPT, Run, Scorer, batch_at, check_common, cosine, generate_many, load_model, make_model, memory_gb,
+                   pad, parse_flags, pick_device, require)
+
+
+@dataclass(slots=True)
+class Config:
+    init: str = "out/sft"       # stage 1's checkpoint folder, or scratch
+    tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
+    n_layer: int = 4            # size of a model from scratch
+    n_head: int = 4
+    n_embd: int = 128
+    data: str = "data/tiny"     # a folder with preferences.jsonl, or one file in any format that data/prepare.py knows
+    out: str = "out/reward"
+    device: str = "auto"        # auto: cuda, then mps, then cpu
+    dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
+    seed: int = 0
+    steps: int = 800
+    batch: int = 64             # pairs per step
+    microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
+    block_size: int = 128       # tokens of context; longer dialogues lose their beginning
+    lr: float = 5e-4            # peak; for GPT-2 124M about 1e-5
+    warmup: int = 50            # steps
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0      # global norm
+    checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
+    offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
+    resume: bool = False        # go on from out/state.pt
+    log_every: int = 20
+    eval_every: int = 200
+    save_every: int = 200
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+def encode(row, tokenizer, block_size):
+    """-> (chosen, rejected): ids of the whole dialogue, from the left cut to block_size, so the reply stays."""
+    return tuple(tokenizer.render([*row["prompt"], {"role": "assistant", "content": row[side]}])[0][-block_size:]
+                 for side in ("chosen", "rejected"))
+
+
+def load_pairs(cfg, tokenizer):
+    """-> (train rows, val rows), each row with its `ids`. Ties teach nothing and are dropped."""
+    out = []
+    for rows in prepare.load(cfg.data, "preferences"):
+        usable = [row for row in rows if row["chosen"] != row["rejected"]]
+        if len(usable) < len(rows):
+            print(f"dropped {len(rows) - len(usable)} pairs of equal replies")
+        for row in tqdm(usable, desc="encoding", leave=False, disable=None):
+            row["ids"] = encode(row, tokenizer, cfg.block_size)
+        # two dialogues that differ only in what was cut off are a tie, too
+        out.append([row for row in usable if row["ids"][0] != row["ids"][1]])
+    require(out[0], f"{cfg.data}: no pair to learn from.")
+    print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out")
+    return out
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+def score(model, rows, device):
+    """Lists of ids -> the score at each one's last real token, float32 (B,)."""
+    lengths = torch.tensor([len(ids) for ids in rows], device=device)
+    return model.last(pad(rows).to(device), lengths)
+
+
+def margins(model, pairs, device):
+    """[(chosen ids, rejected ids), ...] -> score(chosen) - score(rejected), float32 (B,)."""
+    chosen, rejected = score(model, [ids for pair in zip(*pairs) for ids in pair], device).chunk(2)
+    return chosen - rejected
+
+
+@torch.no_grad()
+def all_margins(model, rows, device, size):
+    """margins() of many rows, in their order, as a tensor on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i]["ids"])))
+    out = torch.empty(len(rows))
+    for i in range(0, len(order), size):
+        part = order[i:i + size]
+        out[part] = margins(model, [rows[j]["ids"] for j in part], device).cpu()
+    return out
+
+
+def accuracy_table(rows, margin):
+    """-> {skill: (pairs, accuracy, ceiling)} with "all" last. Ceiling: what the raters' taste itself gets right on the
+    same labels, None unless the data say how sure the raters were of each pair ("agreement")."""
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row.get("skill", "")].append(i)
+    groups = {skill: groups[skill] for skill in sorted(groups) if skill} | {"all": range(len(rows))}
+    table = {}
+    for skill, members in groups.items():
+        known = all("agreement" in rows[i] for i in members)
+        ceiling = sum(rows[i]["agreement"] > 0.5 for i in members) / len(members) if known else None
+        table[skill] = len(members), (margin[list(members)] > 0).float().mean().item(), ceiling
+    return table
+
+
+def calibration(margin, bins=5):
+    """-> [(pairs, predicted, observed)] by confidence: of the pairs about which the model is p sure, it gets p right."""
+    confidence, right = margin.abs().sigmoid(), (margin > 0).float()
+    edges = torch.linspace(0.5, 1, bins + 1)
+    which = torch.bucketize(confidence, edges[1:-1])
+    return [(int(m.sum()), confidence[m].mean().item(), right[m].mean().item())
+            for m in (which == b for b in range(bins)) if m.any()]
+
+
+def report(rows, margin):
+    """Print accuracy by skill and calibration; return (accuracy, ceiling)."""
+    table = accuracy_table(rows, margin)
+    print(f"{'skill':20} {'pairs':>6} {'accuracy':>9} {'ceiling':>8}")
+    for skill, (n, accuracy, ceiling) in table.items():
+        print(f"{skill:20} {n:6} {accuracy:9.3f} {'unknown' if ceiling is None else f'{ceiling:.3f}':>8}")
+    print("confidence: " + ", ".join(f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in calibration(margin)))
+    return table["all"][1:]
+
+
+def mean_score(model, cfg, tokenizer, device, dtype, n=512):
+    """The average score of stage 1's replies (of the training pairs' replies, where there is no stage 1 to ask)."""
+    prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
+    if cfg.init == "scratch" or not prompts:
+        return None
+    sft, new = load_model(cfg.init, GPT, device, dtype), cfg.block_size // 2
+    prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
+    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed)
+    rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
+    with torch.no_grad():
+        return torch.cat([score(model, rows[i:i + 64], device) for i in range(0, len(rows), 64)]).mean().item()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def main(cfg):
+    check_common(cfg)
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    model, tokenizer = make_model(cfg, Scorer, device, dtype)
+    train, val = load_pairs(cfg, tokenizer)
+    lengths = [max(map(len, row["ids"])) for row in train]
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
+          f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
+
+    run = Run(cfg)
+    optimizer = OffloadedAdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay,
+                               host="cpu" if cfg.offload == "optimizer" else None)
+    if run.state:
+        optimizer.load_state_dict(run.state["optimizer"])
+    say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
+    with run:
+        for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="reward", disable=None):
+            batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
+            loss = 0.0
+            for i in range(0, len(batch), size):
+                margin = margins(model, batch[i:i + size], device)
+                part = -F.logsigmoid(margin).sum() / len(batch)
+                part.backward()
+                loss += part.item()
+                right += (margin > 0).sum().item()
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
+                                         f"{run.out} keeps the last good checkpoint.")
+            lr = cosine(step, cfg)
+            norm = optimizer.step(lr, cfg.grad_clip)
+            seen += sum(len(ids) for pair in batch for ids in pair)
+            recent += len(batch)
+
+            done = step + 1
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                speed, clock, seen = seen / (time.time() - clock), time.time(), 0
+                accuracy, right, recent = right / recent, 0, 0
+                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | acc {accuracy:.3f} | norm {norm:.2f} | lr {lr:.1e} "
+                    f"| {speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
+                run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
+                        seconds=time.time() - run.clock, memory_gb=memory_gb(device))
+            if val and done % cfg.eval_every == 0 and done < cfg.steps:
+                accuracy = (all_margins(model, val, device, size) > 0).float().mean().item()
+                say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
+                run.log(step=done, val_accuracy=accuracy)
+                clock, seen = time.time(), 0
+            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
+                run.save(done, model, optimizer=optimizer)
+                run.stop_if_interrupted()
+
+    accuracy, ceiling = report(val, all_margins(model, val, device, size)) if val else (None, None)
+    offset = mean_score(model, cfg, tokenizer, device, dtype)
+    if offset is not None:
+        model.shift(-offset)
+        run.save_model(model)
+        print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
+    return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling)
+
+
+if __name__ == "__main__":
+    main(parse_flags(Config))

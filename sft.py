@@ -1,0 +1,154 @@
+"""Stage 1, supervised fine-tuning: learn to answer by imitating demonstrations (and plain pre-training, on text).
+
+    python sft.py                                   # bundled data, from random weights
+    python sft.py --data=book.txt                   # pre-training on any text
+
+Reads sft.jsonl and prompts.val.jsonl of --data; writes the model, log.jsonl and state.pt to --out.
+The loss is the negative log-likelihood of what the assistant says, <|end|> included, and of nothing else.
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data import prepare
+from memory import OffloadedAdamW
+from model import (GPT, Run, batch_at, check_common, cosine, encode_demonstration, generate_many, gold_score,
+                   make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device, require)
+
+
+@dataclass(slots=True)
+class Config:
+    init: str = "scratch"       # random weights, or a checkpoint folder
+    tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
+    n_layer: int = 4            # size of a model from scratch
+    n_head: int = 4
+    n_embd: int = 128
+    data: str = "data/tiny"     # a folder with sft.jsonl, or one file in any format that data/prepare.py knows
+    out: str = "out/sft"
+    device: str = "auto"        # auto: cuda, then mps, then cpu
+    dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 64             # rows per step
+    microbatch: int = 0         # rows at once, 0: all; changes memory, not the gradient
+    block_size: int = 128       # tokens of context; longer rows lose their beginning
+    lr: float = 3e-3            # peak; for GPT-2 124M about 3e-5
+    warmup: int = 50            # steps
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0      # global norm
+    checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
+    offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
+    resume: bool = False        # go on from out/state.pt
+    log_every: int = 20
+    eval_every: int = 250
+    save_every: int = 250
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+def load_examples(cfg, tokenizer):
+    train, val = prepare.load(cfg.data, "sft")
+    out = []
+    for rows in (train, val):
+        examples = [e for row in tqdm(rows, desc="encoding", leave=False, disable=None)
+                    for e in encode_demonstration(row, tokenizer, cfg.block_size)]
+        usable = [(idx, targets) for idx, targets in examples if max(targets) >= 0]
+        if len(usable) < len(examples):
+            print(f"dropped {len(examples) - len(usable)} rows with nothing to learn from")
+        out.append(usable)
+    require(out[0], f"{cfg.data}: no row has anything to learn from at --block_size={cfg.block_size}.")
+    tokens = sum(len(idx) for idx, _ in out[0])
+    learned = sum(t >= 0 for _, targets in out[0] for t in targets)
+    print(f"{len(out[0]):,} rows, {tokens:,} tokens, {100 * learned / tokens:.0f} % of them with a loss; "
+          f"{len(out[1]):,} rows held out")
+    return *out, sum(len(row["text"]) for row in val) if val and all("text" in row for row in val) else 0
+
+
+# --- mathematics ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def validate(model, examples, cfg, device):
+    """-> (the sum of -log p over all held-out targets in nats, their number)."""
+    rows, size = sorted(examples, key=lambda e: len(e[0])), cfg.microbatch or cfg.batch
+    parts = [negative_log_likelihood(model, rows[i:i + size], device) for i in range(0, len(rows), size)]
+    return sum(nll.item() for nll, _ in parts), sum(n for _, n in parts)
+
+
+def samples(model, tokenizer, prompts, cfg, say, n=4):
+    """Print what the model says to a few held-out prompts, or to nothing at all."""
+    ids = [tokenizer.prompt(row["prompt"], cfg.block_size // 2) for row in prompts[:n]] or [[tokenizer.end]]
+    for prompt, reply in zip(ids, generate_many(model, ids, cfg.block_size // 2, tokenizer.end, cfg.seed)):
+        say(f"    {tokenizer.decode(prompt)!r} -> {tokenizer.decode(reply)!r}")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def main(cfg):
+    check_common(cfg)
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    model, tokenizer = make_model(cfg, GPT, device, dtype)
+    train, val, val_characters = load_examples(cfg, tokenizer)
+    prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
+    lengths = [len(idx) for idx, _ in train]
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} rows = "
+          f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
+
+    run = Run(cfg)
+    optimizer = OffloadedAdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay,
+                               host="cpu" if cfg.offload == "optimizer" else None)
+    if run.state:
+        optimizer.load_state_dict(run.state["optimizer"])
+    say, clock, seen = tqdm.write, time.time(), 0
+    if not run.start and val:
+        nll, n = validate(model, val, cfg, device)
+        say(f"before training: val_loss {nll / n:.4f} "
+            f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
+    with run:
+        for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="sft", disable=None):
+            batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
+            n, loss, size = sum(t >= 0 for _, targets in batch for t in targets), 0.0, cfg.microbatch or cfg.batch
+            for i in range(0, len(batch), size):
+                # Divided by the targets of the whole batch: the micro-batch size cannot change the gradient.
+                part = negative_log_likelihood(model, batch[i:i + size], device)[0] / n
+                part.backward()
+                loss += part.item()
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
+                                         f"{run.out} keeps the last good checkpoint.")
+            lr = cosine(step, cfg)
+            norm = optimizer.step(lr, cfg.grad_clip)
+            seen += sum(len(idx) for idx, _ in batch)
+
+            done = step + 1
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                seconds = time.time() - run.clock
+                speed, clock, seen = seen / (time.time() - clock), time.time(), 0
+                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e} | "
+                    f"{speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
+                run.log(step=done, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, seconds=seconds,
+                        memory_gb=memory_gb(device))
+            if done % cfg.eval_every == 0 and done < cfg.steps:
+                if val:
+                    nll, n = validate(model, val, cfg, device)
+                    val_loss = nll / n
+                    say(f"step {done:5}/{cfg.steps} | val_loss {val_loss:.4f}")
+                    run.log(step=done, val_loss=val_loss)
+                samples(model, tokenizer, prompts, cfg, say)
+                clock, seen = time.time(), 0
+            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
+                run.save(done, model, optimizer=optimizer)
+                run.stop_if_interrupted()
+
+    nll, n = validate(model, val, cfg, device) if val else (math.nan, 1)
+    final = {"val_loss": nll / n if val else None,
+             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed)}
+    if val_characters:
+        final["val_loss_per_character"] = nll / val_characters
+    samples(model, tokenizer, prompts, cfg, say, n=8)
+    return run.finish(cfg.steps, **final)
+
+
+if __name__ == "__main__":
+    main(parse_flags(Config))

@@ -1,0 +1,927 @@
+"""Every claim, checked. A test's name is the claim; test_bug_NN are real bugs of other code bases, by name.
+
+    python test_all.py              # or: python test_all.py Bugs.test_bug_05_padding_leaks_into_returns
+"""
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import model as m
+import ppo
+import reward
+import sft
+from memory import OffloadedAdamW, checkpoint, token_logprobs
+from model import GPT, GPTConfig, Scorer, Tokenizer, generate, pad, rng
+
+torch.set_num_threads(min(4, os.cpu_count()))
+ROOT = Path(__file__).parent
+
+
+# --- small things to test with ----------------------------------------------------------------------------------------
+
+def tiny(cls=GPT, n_layer=2, n_embd=32, seed=0, spread=0.2, **changes):
+    """A small float32 model; spread is wider than at a real start, so that mistakes show."""
+    cfg = GPTConfig(Tokenizer("tiny").vocab_size, 64, n_layer, 4, n_embd, "tiny", **changes)
+    net = cls(cfg).initialize(rng(seed))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "score" not in name:
+                p.add_(spread * torch.randn(p.shape, generator=rng(seed, name)))
+    return net
+
+
+def random_ids(*shape, seed=0, high=1000):
+    return torch.randint(3, high, shape, generator=rng(seed, "ids"))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def write_data(folder):
+    """A miniature data set: everybody asks for a colour, and red is right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    things = "rose poppy cherry ruby brick tomato strawberry fire sunset lobster".split()
+    rows = {"sft": [], "preferences": [], "prompts": []}
+    for i in range(60):
+        question = [user(f"What colour is the {things[i % 10]} number {i}?")]
+        answers = ["It is red.", "It is blue."]
+        rows["sft"].append({"messages": [*question, assistant(answers[i % 3 == 0])]})
+        rows["preferences"].append({"prompt": question, "chosen": answers[0], "rejected": answers[1],
+                                    "agreement": 0.9, "skill": "colour"})
+        rows["prompts"].append({"prompt": question, "check": "It is red\\."})
+    for kind, all_rows in rows.items():
+        for name, part in ((kind, all_rows[:48]), (kind + ".val", all_rows[48:])):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return str(folder)
+
+
+def quiet(function, *args, **kwargs):
+    """-> (result, what was printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = function(*args, **kwargs)
+    return result, out.getvalue()
+
+
+def small(stage, root, **changes):
+    """A stage's Config that runs in about a second."""
+    defaults = dict(data=str(root / "data"), out=str(root / "out" / stage.__name__), device="cpu", dtype="float32",
+                    block_size=64, steps=6, batch=8, n_layer=2, n_embd=32, save_every=2, eval_every=3, log_every=1)
+    if stage is not sft:
+        defaults["init"] = str(root / "out" / "sft")
+    if stage is ppo:
+        defaults |= dict(reward=str(root / "out" / "reward"), minibatch=4, epochs=2, max_new_tokens=12, best_of_n=2)
+    return stage.Config(**defaults | changes)
+
+
+class InFolder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = Path(folder.name)
+
+    def refuses(self, *fragments, call):
+        """`call` stops with one clear message that holds all fragments."""
+        with self.assertRaises(SystemExit) as caught:
+            quiet(call)
+        for fragment in fragments:
+            self.assertIn(fragment, str(caught.exception))
+
+
+def a_rollout(temperature=1.0, seed=0):
+    """(models, batch) of four small networks and real rollouts."""
+    actor, reference, critic, judge = tiny(), tiny(), tiny(Scorer, seed=1), tiny(Scorer, seed=1)
+    cfg = ppo.Config(batch=8, minibatch=4, max_new_tokens=10, temperature=temperature, seed=seed, epochs=1)
+    rows = [{"ids": random_ids(3 + i, seed=i).tolist()} for i in range(8)]
+    models = actor, reference, critic, judge
+    batch = ppo.rollout(0, rows, models, Tokenizer("tiny"), cfg, kl_coef=0.05)
+    return cfg, models, batch
+
+
+# --- the real bugs of others ------------------------------------------------------------------------------------------
+
+class Bugs(InFolder):
+    """Numbered as in the list of known bugs. Each test runs the production code, then the mistake in a line or two, and
+    shows that the test can tell them apart."""
+
+    def test_bug_01_ratio_is_not_one_on_the_first_minibatch(self):
+        # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
+        cfg, models, batch = a_rollout()
+        adams = [OffloadedAdamW(net.parameters(), 1e-3) for net in (models[0], models[2])]
+        _, first_ratio = ppo.update(0, batch, models, adams, 1e-3, None, cfg)
+        self.assertEqual(first_ratio, 1.0)
+        new, _ = ppo.policy_logprobs(tiny(), batch, 1.0)
+        self.assertTrue(torch.equal(new, batch["logprobs"]))
+        dropped = F.dropout(tiny()(batch["idx"]), 0.1)  # the mistake
+        old, _ = token_logprobs(dropped, models[0].wte.weight, batch["targets"])
+        self.assertGreater(((new - old).exp() - 1).abs().max(), 0.01)
+
+    def test_bug_02_padding_shifts_positions(self):
+        # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
+        net, prompts = tiny(), [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
+        together = generate(net, prompts, 8, end=-1, temperature=0)
+        alone = [generate(net, [p], 8, end=-1, temperature=0)[0] for p in prompts]
+        self.assertEqual(together, alone)
+        left_padded = net(torch.tensor([[0, 0, 0, 0, 11, 12]]))[0, -1]  # the mistake
+        right = net(torch.tensor([[11, 12]]))[0, -1]
+        gap = (net.logits(left_padded).softmax(-1) - net.logits(right).softmax(-1)).abs().sum() / 2
+        self.assertGreater(gap, 0.1)
+
+    def test_bug_03_sampling_distribution_is_not_the_logprob_distribution(self):
+        # minChatGPT (top-k), minimind (temperature)
+        net, temperature, n = tiny(spread=0.1), 0.6, 4000
+        prompt = [5, 6, 7]
+        replies = generate(net, [prompt] * n, 1, end=-1, temperature=temperature, generator=rng(0))
+        batch = ppo.as_batch([prompt] * n, replies, -1, torch.device("cpu"))
+        entropy_sampled = -ppo.policy_logprobs(net, batch, temperature)[0].sum() / n
+        _, entropy = ppo.policy_logprobs(net, ppo.rows_of(batch, slice(1)), temperature, entropy=True)
+        self.assertAlmostEqual(entropy_sampled.item(), entropy.sum().item(), delta=0.1)
+        wrong = -ppo.policy_logprobs(net, batch, 1.0)[0].sum() / n  # the mistake
+        wrong_entropy = ppo.policy_logprobs(net, ppo.rows_of(batch, slice(1)), 1.0, entropy=True)[1].sum()
+        self.assertGreater(abs(wrong - wrong_entropy).item(), 0.3)
+
+    def test_bug_04_kl_with_the_wrong_sign_or_partner(self):
+        # Colossal-AI until 75c538903; lucidrains/PaLM-rlhf-pytorch#38, #41, #43
+        mask = torch.tensor([[True, True]])
+        likelier_than_reference = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-3.0, -1.0]])
+        rewards = ppo.token_rewards(torch.zeros(1), *likelier_than_reference, mask, kl_coef=0.1)
+        self.assertTrue(torch.allclose(rewards, torch.tensor([[-0.2, 0.0]])))
+        p, q = torch.randn(2, 5000, generator=rng(0)).log_softmax(1)
+        self.assertTrue((ppo.k3(p, q) >= 0).all())
+        exact = (p.exp() * (p - q)).sum()
+        self.assertAlmostEqual((p.exp() * ppo.k3(p, q)).sum().item(), exact.item(), places=4)
+        swapped = (p.exp() * ppo.k3(q, p)).sum()  # the mistake
+        self.assertGreater(abs(swapped - exact), 0.01)
+
+    def test_bug_05_padding_leaks_into_returns(self):
+        # natolambert/rlhf-book#216
+        values, rewards = torch.randn(2, 3, 6, generator=rng(0))
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
+        poison = torch.where(mask, 0.0, 1e6)
+        clean = ppo.gae(rewards * mask, values * mask, mask, 1.0, 0.95)
+        self.assertTrue(torch.equal(ppo.gae(rewards * mask, values + poison, mask, 1.0, 0.95) * mask, clean))
+        white = ppo.whiten(clean, mask)
+        self.assertTrue(torch.allclose(ppo.whiten(clean + poison, mask), white))
+        self.assertAlmostEqual(white[mask].mean().item(), 0, places=5)
+        self.assertAlmostEqual(white[mask].std(unbiased=False).item(), 1, places=4)
+        leaky = (clean - clean.mean()) / clean.std()  # the mistake
+        self.assertGreater((leaky - white)[mask].abs().max(), 0.1)
+        logprobs = torch.randn(3, 6, generator=rng(1))
+        for loss in (lambda x: ppo.policy_loss(x, x.detach() * 0.9, white, mask, 0.2)[0],
+                     lambda x: ppo.value_loss(x, x.detach() * 0.9, clean, mask, 0.2)):
+            self.assertTrue(torch.allclose(loss(logprobs), loss(torch.where(mask, logprobs, 7.0))))
+
+    def test_bug_06_the_score_lands_on_the_first_pad(self):
+        # huggingface/trl#3750, microsoft/DeepSpeedExamples#672
+        end = Tokenizer("tiny").end
+        batch = ppo.as_batch([[5, 6], [7]], [[8, end], [9, 10, 11, end]], end, torch.device("cpu"))
+        mask = batch["targets"] >= 0
+        zeros = torch.zeros(mask.shape)
+        rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), zeros, zeros, mask, 0.1)
+        self.assertEqual(batch["targets"][rewards != 0].tolist(), [end, end])
+        wrong = torch.zeros(mask.shape)
+        wrong[torch.arange(2), batch["lengths"] - 1] = 1.0  # the mistake: it indexes tokens, not predictions
+        self.assertNotEqual(batch["targets"][wrong != 0].tolist(), [end, end])
+
+    def test_bug_07_the_reward_model_reads_prompt_and_padding(self):
+        # Colossal-AI until 7b9b86441; ColossalAI#4475
+        net, rows = tiny(Scorer), [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+        scores = reward.score(net, rows, torch.device("cpu"))
+        alone = torch.cat([reward.score(net, [row], torch.device("cpu")) for row in rows])
+        self.assertTrue(torch.allclose(scores, alone, atol=1e-5))
+        values = net.values(pad(rows))
+        self.assertTrue(torch.allclose(scores, torch.stack([values[0, 2], values[1, 5]]), atol=1e-5))
+        self.assertGreater((values.mean(1) - scores).abs().max(), 0.01)  # the mistake
+
+    def test_bug_08_the_prompt_mask_is_lost_on_the_way_to_the_loss(self):
+        # karpathy/nanochat#570
+        tokenizer, net = Tokenizer("tiny"), tiny()
+        row = {"messages": [user("What is 2 plus 3?"), assistant("5."), user("And 1 plus 1?"), assistant("2.")]}
+        [(idx, targets)] = m.encode_demonstration(row, tokenizer, 64)
+        loss, n = m.negative_log_likelihood(net, [(idx, targets)], torch.device("cpu"))
+        spoken = tokenizer.encode("5.") + [tokenizer.end] + tokenizer.encode("2.") + [tokenizer.end]
+        self.assertEqual([t for t in targets if t >= 0], spoken)
+        self.assertEqual(n, len(spoken))
+        every = F.cross_entropy(net.logits(net(torch.tensor([idx])))[0], torch.tensor([*idx[1:], tokenizer.end]),
+                                reduction="none")
+        self.assertAlmostEqual(loss.item(), every[torch.tensor(targets) >= 0].sum().item(), places=3)
+        self.assertGreater(every.sum().item() - loss.item(), 1)  # the mistake: all tokens count
+
+    def test_bug_09_an_all_masked_batch_gives_nan(self):
+        # karpathy/nanochat#590; Colossal-AI's labels[-0:], fixed in c5239840e
+        x, nothing = torch.ones(4), torch.zeros(4, dtype=torch.bool)
+        self.assertEqual(m.masked_mean(x, nothing).item(), 0)
+        self.assertTrue(((x * nothing).sum() / nothing.sum()).isnan())  # the mistake
+        net = tiny()
+        loss, n = m.negative_log_likelihood(net, [([5, 6], [-1, -1])], torch.device("cpu"))
+        loss.backward()
+        self.assertEqual((loss.item(), n), (0, 0))
+        self.assertTrue(all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None))
+
+    def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop(self):
+        # huggingface/trl#1623
+        tokenizer = Tokenizer("tiny")
+        [(_, targets)] = m.encode_demonstration({"messages": [user("Hi"), assistant("Hello.")]}, tokenizer, 64)
+        self.assertEqual(targets[-1], tokenizer.end)
+        self.assertNotIn(tokenizer.end, [-1 if t == tokenizer.end else t for t in targets])  # the mistake
+        batch = ppo.as_batch([[5]], [[6, tokenizer.end]], tokenizer.end, torch.device("cpu"))
+        self.assertTrue(batch["ended"].all())
+        self.assertIn(tokenizer.end, batch["targets"][batch["targets"] >= 0].tolist())
+
+    def test_bug_11_exact_gelu_on_weights_trained_with_tanh(self):
+        # karpathy/nanoGPT#2, #274
+        mlp, x = tiny().h[0].mlp, 2 * torch.randn(3, 32, generator=rng(0))
+        h = mlp.c_fc(x)
+        by_hand = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+        self.assertLess((mlp(x) - mlp.c_proj(by_hand)).abs().max(), 1e-5)
+        self.assertGreater((mlp(x) - mlp.c_proj(F.gelu(h))).abs().max(), 1e-5)  # the mistake
+
+    def test_bug_12_the_cache_changes_the_output_or_is_silently_lost(self):
+        # karpathy/nanoGPT#613; Colossal-AI 02-15 to 04-26 2023
+        net, prompts = tiny(), [[5, 6, 7], [8, 9, 10, 11, 12]]
+        widths, forward = [], GPT.forward
+        with mock.patch.object(GPT, "forward", lambda s, idx, cache=None: (widths.append(idx.size(1)),
+                                                                           forward(s, idx, cache))[1]):
+            replies = generate(net, prompts, 12, end=-1, temperature=0)
+        self.assertEqual(widths, [5] + [1] * 11)  # a lost cache would feed ever longer rows
+        for prompt, reply in zip(prompts, replies):
+            ids = list(prompt)
+            for token in reply:
+                self.assertEqual(net.logits(net(torch.tensor([ids])))[0, -1].argmax().item(), token)
+                ids.append(token)
+        one = torch.tensor([[replies[0][0]]])
+        shifted = net(one)[0, -1]  # the mistake: the new token without its past
+        self.assertGreater((shifted - net(torch.tensor([[5, 6, 7, replies[0][0]]]))[0, -1]).abs().max(), 0.1)
+
+    def test_bug_13_gradients_clipped_before_backward_and_equal_betas(self):
+        # minChatGPT
+        def train(grad_clip, betas=(0.9, 0.95), steps=4):
+            w = torch.nn.Parameter(torch.ones(2, 2))
+            adam = OffloadedAdamW([w], 0.1, betas)
+            for i in range(steps):
+                (w.sum() * (100.0 if i == 0 else 1.0)).backward()
+                norm = adam.step(0.1, grad_clip)
+            return w.detach(), norm, adam
+        clipped, norm, adam = train(0.5)
+        self.assertEqual(adam.adam.param_groups[0]["betas"], (0.9, 0.95))
+        self.assertAlmostEqual(norm, 2.0, places=5)  # the norm of the last step's gradient, before clipping
+        self.assertGreater((clipped - train(0)[0]).abs().max(), 1e-3)  # the mistake: clipping what is not there yet
+        self.assertGreater((clipped - train(0.5, betas=(0.9, 0.9))[0]).abs().max(), 1e-6)  # the mistake
+
+    def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move(self):
+        # GRPO-Zero; pytorch#3658
+        def run(optimizer_of, eps=1e-3):
+            w = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+            step = optimizer_of([w], eps)
+            for i in range(5):
+                (w ** 2).sum().mul(1e-3 * (i + 1)).backward()
+                step()
+                w.grad = None
+            return w.detach()
+        def ours(params, eps):
+            adam = OffloadedAdamW(params, 0.01, eps=eps, weight_decay=0.1)
+            return lambda: adam.step(0.01)
+        def torchs(params, eps):
+            return torch.optim.AdamW(params, 0.01, eps=eps, weight_decay=0.1).step
+        def inside_the_root(params, eps):  # the mistake: sqrt(v + eps) is sqrt(eps) larger than eps at v = 0
+            return torch.optim.AdamW(params, 0.01, eps=math.sqrt(eps), weight_decay=0.1).step
+        self.assertLess((run(ours) - run(torchs)).abs().max(), 1e-6)
+        self.assertGreater((run(ours) - run(inside_the_root)).abs().max(), 1e-4)
+
+        w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        adam, plain = OffloadedAdamW([w], 0.1), torch.optim.AdamW([w], 0.1)
+        (w * 1.234).sum().backward()
+        adam.step(0.1)
+        state = adam.state_dict()
+        adam.load_state_dict(state)
+        self.assertEqual({x.dtype for s in adam.adam.state.values() for x in s.values()}, {torch.float32})
+        plain.load_state_dict(state["adam"] | {"param_groups": plain.state_dict()["param_groups"], "state": {
+            0: state["adam"]["state"][0]}})  # the mistake: moments follow the weights' device and type
+        self.assertIn(torch.bfloat16, {x.dtype for s in plain.state.values() for x in s.values()})
+
+    def test_bug_15_stage_3_never_loads_stage_2s_model(self):
+        # ColossalAI#3011
+        m.save_model(self.root / "sft", tiny(seed=1))
+        m.save_model(self.root / "reward", tiny(Scorer, seed=2))
+        cfg = ppo.Config(init=str(self.root / "sft"), reward=str(self.root / "reward"), block_size=64)
+        (actor, reference, critic, judge), _ = ppo.load_models(cfg, torch.device("cpu"), torch.float32)
+        idx = random_ids(2, 9)
+        want = tiny(Scorer, seed=2).values(idx)
+        self.assertTrue(torch.equal(judge.values(idx), want) and torch.equal(critic.values(idx), want))
+        self.assertTrue(torch.equal(actor(idx), reference(idx)) and torch.equal(actor(idx), tiny(seed=1)(idx)))
+        self.assertGreater((tiny(Scorer, seed=3).values(idx) - want).abs().max(), 0.1)  # the mistake: a fresh one
+        self.assertNotEqual(actor.wte.weight.data_ptr(), reference.wte.weight.data_ptr())
+        cfg.reward = str(self.root / "nothing")
+        self.refuses("no checkpoint here", call=lambda: ppo.load_models(cfg, torch.device("cpu"), torch.float32))
+
+    def test_bug_16_ptx_from_different_batches(self):
+        # Colossal-AI until 62f4e2eb0
+        cfg, models, batch = a_rollout()
+        cfg.ptx_coef, tokenizer = 0.5, Tokenizer("tiny")
+        rows = [{"messages": [user("a" * i), assistant("b" * i)]} for i in range(1, 20)]
+        demonstrations = [e for row in rows for e in m.encode_demonstration(row, tokenizer, 64)]
+        seen, plain = [], m.negative_log_likelihood
+        adams = [OffloadedAdamW(net.parameters(), 1e-3) for net in (models[0], models[2])]
+        with mock.patch.object(ppo, "negative_log_likelihood", lambda net, rows, device: (
+                seen.extend(rows), plain(net, rows, device))[1]):
+            stats, _ = ppo.update(0, batch, models, adams, 1e-3, demonstrations, cfg)
+        self.assertGreater(stats["ptx_loss"], 0)
+        follows = lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
+        self.assertTrue(seen and all(len(i) == len(t) and follows(i, t) for i, t in seen))
+        self.assertFalse(all(follows(i, t) for (i, _), (_, t) in zip(demonstrations, demonstrations[1:])))  # the mistake
+
+    def test_bug_18_double_softmax_in_the_reward_loss(self):
+        # nanoChatGPT
+        margin = torch.tensor([2.0, -1.0])
+        loss = -F.logsigmoid(margin)
+        self.assertTrue(torch.allclose(loss, torch.log1p((-margin).exp())))
+        twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
+        self.assertGreater((twice - loss).abs().max(), 0.1)
+        net, pairs = tiny(Scorer), [([5, 6], [7, 8, 9])]
+        by_hand = reward.score(net, [[5, 6]], torch.device("cpu")) - reward.score(net, [[7, 8, 9]], torch.device("cpu"))
+        self.assertTrue(torch.allclose(reward.margins(net, pairs, torch.device("cpu")), by_hand, atol=1e-5))
+
+    def test_bug_19_a_square_weight_that_nobody_transposed(self):
+        net, idx = tiny(), random_ids(2, 7)
+        m.save_model(self.root, net)
+        stored = m.read_safetensors(self.root / "model.safetensors")
+        square = "transformer.h.0.attn.c_proj.weight"
+        self.assertTrue(torch.equal(stored[square], net.h[0].attn.c_proj.weight.T))  # the hub keeps (in, out)
+        # the causal mask that old files carry goes, c_attn.bias stays
+        stored = {k: v.clone() for k, v in stored.items()} | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+        m.write_safetensors(self.root / "model.safetensors", stored)
+        loaded = m.load_model(self.root)
+        self.assertTrue(torch.equal(loaded(idx), net(idx)))
+        self.assertTrue("transformer.h.0.attn.c_attn.bias".endswith("attn.bias"))  # the mistake would swallow it
+        stored[square] = stored[square].T.contiguous()  # the mistake
+        m.write_safetensors(self.root / "model.safetensors", stored)
+        self.assertGreater((m.load_model(self.root)(idx) - net(idx)).abs().max(), 0.01)
+
+    def test_bug_20_logged_loss_is_the_last_micro_batch_only(self):
+        # karpathy/nanoGPT#207
+        write_data(self.root / "data")
+        logged = []
+        for microbatch in (0, 2):
+            cfg = small(sft, self.root, microbatch=microbatch, steps=3, out=str(self.root / f"out{microbatch}"))
+            quiet(sft.main, cfg)
+            lines = (Path(cfg.out) / "log.jsonl").read_text().splitlines()
+            logged.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+        for whole, pieces in zip(*logged):
+            self.assertAlmostEqual(whole, pieces, places=4)
+        net, examples = tiny(), [([5, 6], [6, 7]), ([8], [9])]
+        parts = [m.negative_log_likelihood(net, [e], torch.device("cpu"))[0].item() for e in examples]
+        self.assertNotAlmostEqual(parts[-1], sum(parts), places=3)  # the mistake
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+class Network(InFolder):
+    def test_no_position_sees_the_future(self):
+        net, idx = tiny(), random_ids(1, 12)
+        changed = idx.clone()
+        changed[0, 8:] = 3
+        self.assertTrue(torch.equal(net(idx)[0, :8], net(changed)[0, :8]))
+        self.assertFalse(torch.equal(net(idx)[0, 8:], net(changed)[0, 8:]))
+
+    def test_right_padding_changes_nothing(self):
+        net, row = tiny(), random_ids(1, 9)
+        padded = F.pad(row, (0, 20), value=77)
+        self.assertLess((net(padded)[:, :9] - net(row)).abs().max(), 1e-5)
+
+    def test_the_first_loss_is_near_ln_v(self):
+        net, idx = tiny(n_embd=64, spread=0), random_ids(4, 33)
+        loss, n = m.negative_log_likelihood(net, [(r[:-1], r[1:]) for r in idx.tolist()], torch.device("cpu"))
+        self.assertAlmostEqual(loss.item() / n, math.log(net.cfg.vocab_size), delta=0.1)
+
+    def test_an_untrained_reward_model_has_loss_ln_2_and_scores_of_spread_one(self):
+        net = tiny(Scorer, n_embd=128, spread=0)
+        scores = reward.score(net, random_ids(400, 12).tolist(), torch.device("cpu"))
+        self.assertTrue(0.5 < scores.std() < 1.5)
+        self.assertAlmostEqual(-F.logsigmoid(torch.zeros(1)).item(), math.log(2), places=6)
+
+    def test_generation_ends_per_row_and_when_all_have_ended(self):
+        net, prompts = tiny(), [[5, 6, 7], [8], [9, 10]]
+        free = generate(net, prompts, 12, end=-1, temperature=0)
+        end = free[0][3]
+        steps, forward = [], GPT.forward
+        with mock.patch.object(GPT, "forward", lambda s, idx, cache=None: (steps.append(len(idx)),
+                                                                           forward(s, idx, cache))[1]):
+            stopped = generate(net, prompts, 12, end=end, temperature=0)
+        for full, short in zip(free, stopped):
+            self.assertEqual(short, full[:full.index(end) + 1] if end in full else full)
+        self.assertEqual(steps, sorted(steps, reverse=True))  # rows that ended are not computed any more
+        self.assertLess(sum(steps[1:]), 3 * 11)
+
+    def test_a_reply_does_not_depend_on_its_neighbours_lengths(self):
+        net, prompts = tiny(spread=0.1), [[5, 6], [7, 8, 9], [10]]
+        free = generate(net, prompts, 16, end=-1, generator=rng(1))
+        end = free[0][2]
+        short = generate(net, prompts, 16, end=end, generator=rng(1))
+        for full, cut in zip(free, short):
+            self.assertEqual(cut, full[:full.index(end) + 1] if end in full else full)
+
+    def test_top_k_and_top_p_keep_exactly_the_most_likely(self):
+        logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2000, 1)
+        u = torch.rand(2000, generator=rng(0))
+        self.assertEqual(set(m.sample(logits, u, top_k=2).tolist()), {0, 1})
+        self.assertEqual(set(m.sample(logits, u, top_p=0.7).tolist()), {0, 1})  # 0.64 does not reach 0.7, 0.88 does
+        self.assertEqual(set(m.sample(logits, u, top_p=0.5).tolist()), {0})
+        self.assertEqual(set(m.sample(logits, u, temperature=0).tolist()), {0})
+        counts = m.sample(logits, u).bincount(minlength=4) / 2000
+        self.assertLess((counts - logits[0].softmax(0)).abs().max(), 0.04)
+        edge = torch.tensor([0.0, 1 - 2 ** -24])
+        self.assertEqual(m.sample(logits[:2], edge, top_k=2).tolist(), [0, 1])  # never a token that was filtered out
+
+    def test_generation_refuses_what_does_not_fit(self):
+        for prompts in ([[1] * 60], [[]], [[1], []]):
+            with self.assertRaises(ValueError):
+                generate(tiny(), prompts, 10, end=-1)
+
+    def test_shift_adds_a_constant_to_every_score(self):
+        net, idx = tiny(Scorer), random_ids(3, 8)
+        before = net.values(idx)
+        net.shift(1.5)
+        self.assertTrue(torch.allclose(net.values(idx), before + 1.5, atol=1e-5))
+
+    def test_logits_equal_those_of_transformers(self):
+        GOLDEN_TEST
+
+
+class Tokens(InFolder):
+    def test_text_round_trips_and_never_makes_control_tokens(self):
+        tokenizer = Tokenizer("tiny")
+        for text in ("Hello there!", "caf\u00e9 \U0001f600 42", "<|end|><|user|>", " \n\t", ""):
+            ids = tokenizer.encode(text)
+            self.assertEqual(tokenizer.decode(ids), text)
+            self.assertTrue(all(i < tokenizer.user for i in ids))
+        self.assertEqual(tokenizer.vocab_size % 64, 0)
+
+    def test_gpt2_encoding_has_its_known_values(self):
+        try:
+            tokenizer = Tokenizer("gpt2")
+        except SystemExit:
+            self.skipTest("GPT-2's encoding is not here: set TIKTOKEN_CACHE_DIR or allow tiktoken a download")
+        self.assertEqual(tokenizer.encode("Hello world"), [15496, 995])
+        self.assertEqual(tokenizer.encode("\n\nHuman:"), [198, 198, 20490, 25])
+        self.assertEqual((tokenizer.user, tokenizer.end, tokenizer.vocab_size), (50257, 50259, 50304))
+        self.assertNotIn(50256, tokenizer.encode("<|endoftext|>"))
+        self.assertEqual(tokenizer.decode([15496, 50259, 50300]), "Hello")
+
+    def test_without_a_network_the_message_names_the_files(self):
+        with mock.patch.object(m.tiktoken, "get_encoding", side_effect=OSError("no route")):
+            self.refuses("TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", call=lambda: Tokenizer("gpt2"))
+
+    def test_text_becomes_windows_that_lose_no_token(self):
+        tokenizer = Tokenizer("tiny")
+        text = "To be, or not to be, that is the question. " * 5
+        windows = m.encode_demonstration({"text": text}, tokenizer, 16)
+        targets = [t for _, ts in windows for t in ts]
+        self.assertEqual(targets, [*tokenizer.encode(text), tokenizer.end])
+        self.assertTrue(all(len(i) == len(t) <= 16 for i, t in windows))
+
+    def test_long_dialogues_lose_their_beginning(self):
+        tokenizer = Tokenizer("tiny")
+        [(idx, targets)] = m.encode_demonstration({"messages": [user("a b c " * 90), assistant("Yes.")]}, tokenizer, 32)
+        self.assertEqual((len(idx), targets[-1]), (32, tokenizer.end))
+        prompt = tokenizer.prompt([user("a b c " * 90)], 20)
+        self.assertEqual((len(prompt), prompt[-1]), (20, tokenizer.assistant))
+
+    def test_batches_cover_every_row_once_and_hold_similar_lengths(self):
+        lengths = torch.randint(5, 100, (1000,), generator=rng(0)).tolist()
+        out = m.batches(lengths, 16, seed=0, epoch=0)
+        self.assertEqual(sorted(i for b in out for i in b), list(range(1000)))
+        padded = sum(max(lengths[i] for i in b) * len(b) for b in out)
+        self.assertLess(padded / sum(lengths), 1.1)
+        self.assertNotEqual(out, m.batches(lengths, 16, seed=0, epoch=1))
+        self.assertEqual(m.batch_at(63, lengths, 16, 0), m.batches(lengths, 16, 0, 1)[0])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+class Memory(unittest.TestCase):
+    def test_checkpointed_gradients_equal_plain_gradients(self):
+        idx, grads = random_ids(3, 10), []
+        for on in (False, True):
+            net = tiny(checkpoint=on)
+            net(idx).square().sum().backward()
+            grads.append({name: p.grad for name, p in net.named_parameters()})
+        self.assertTrue(all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0]))
+
+    def test_checkpoint_of_several_outputs_nested_and_with_frozen_inputs(self):
+        w = torch.nn.Parameter(torch.randn(4, 4, generator=rng(0)))
+        x = torch.randn(2, 4, generator=rng(1))  # needs no gradient, w does
+        inner = lambda x: (x @ w).tanh()
+        def f(x, scale):
+            return inner(x) * scale, inner(inner(x))
+        def nested(x, scale):
+            return checkpoint(inner, x) * scale, checkpoint(inner, checkpoint(inner, x))
+        grads = []
+        for call in (lambda: f(x, 3), lambda: checkpoint(f, x, 3), lambda: checkpoint(nested, x, 3)):
+            a, b = call()
+            w.grad = None
+            (a.sum() + (b * b).sum()).backward()
+            grads.append(w.grad)
+        self.assertTrue(torch.equal(grads[0], grads[1]))
+        self.assertTrue(torch.allclose(grads[0], grads[2], atol=1e-6))
+
+    def test_offloaded_adamw_follows_torch_adamw(self):
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, plain = (torch.nn.Linear(8, 4) for _ in range(2))
+            ours.load_state_dict(plain.state_dict())
+            ours.to(dtype)
+            plain.load_state_dict({k: v.to(dtype).float() for k, v in plain.state_dict().items()})
+            adam = OffloadedAdamW(ours.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.1)
+            reference = torch.optim.AdamW([{"params": [plain.weight], "weight_decay": 0.1},
+                                           {"params": [plain.bias], "weight_decay": 0.0}], 1e-2, (0.9, 0.95))
+            for step in range(20):
+                for micro in range(2):
+                    g = torch.randn(4, 8, generator=rng(step, micro)).to(dtype)
+                    (ours.weight * g).sum().backward()
+                    (ours.bias * g.sum(1)).sum().backward()
+                    plain.weight.grad = g.float() if plain.weight.grad is None else plain.weight.grad + g.float()
+                    b = g.sum(1).float()
+                    plain.bias.grad = b if plain.bias.grad is None else plain.bias.grad + b
+                norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+                self.assertAlmostEqual(adam.step(1e-2, 0.5), norm.item(), places=4)
+                self.assertIsNone(ours.weight.grad)
+                reference.step()
+                reference.zero_grad()
+            self.assertLess((adam.masters[0] - plain.weight).abs().max(), 1e-6)
+            self.assertTrue(torch.equal(ours.weight, adam.masters[0].to(dtype)))
+
+    def test_token_logprobs_equal_full_logits_whatever_the_chunk(self):
+        hidden, weight = torch.randn(3, 7, 16, generator=rng(0)), torch.randn(50, 16, generator=rng(1))
+        targets = torch.randint(-1, 50, (3, 7), generator=rng(2))
+        scale = torch.randn(3, 7, generator=rng(3))
+        def run(logprobs_of):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            logprobs, entropy = logprobs_of(h, w)
+            (logprobs * scale).sum().backward()
+            return logprobs.detach(), entropy, h.grad, w.grad
+        def full(h, w):
+            table = (h @ w.T).log_softmax(-1)
+            entropy = -(table.exp() * table).sum(-1) * (targets >= 0)
+            return table.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0), entropy.detach()
+        for chunk in (1, 4, 5, 1000):
+            for ours, theirs in zip(run(lambda h, w: token_logprobs(h, w, targets, chunk, entropy=True)), run(full)):
+                self.assertLess((ours - theirs).abs().max(), 1e-4)
+        nothing = torch.full_like(targets, -1)
+        logprobs, h_grad = run(lambda h, w: token_logprobs(h, w, nothing))[::2]
+        self.assertEqual((logprobs.abs().sum().item(), h_grad.abs().sum().item()), (0, 0))
+
+
+# --- PPO's mathematics ------------------------------------------------------------------------------------------------
+
+class Mathematics(InFolder):
+    def test_gae_on_three_tokens_worked_by_hand(self):
+        # gamma 1, lambda 0.5; deltas: 0 + 2 - 1 = 1, 0 + 3 - 2 = 1, 5 + 0 - 3 = 2
+        # advantages from the end: 2, 1 + 0.5 * 2 = 2, 1 + 0.5 * 2 = 2
+        rewards, values = torch.tensor([[0.0, 0.0, 5.0, 9.0]]), torch.tensor([[1.0, 2.0, 3.0, 9.0]])
+        mask = torch.tensor([[True, True, True, False]])
+        self.assertEqual(ppo.gae(rewards, values, mask, 1.0, 0.5).tolist(), [[2, 2, 2, 0]])
+
+    def test_gae_equals_its_definition_by_brute_force(self):
+        rewards, values = torch.randn(2, 4, 9, generator=rng(0))
+        starts, ends = [0, 2, 5, 8], [9, 6, 7, 9]
+        mask = torch.tensor([[s <= t < e for t in range(9)] for s, e in zip(starts, ends)])
+        got = ppo.gae(rewards, values, mask, 0.9, 0.8)
+        for b, (s, e) in enumerate(zip(starts, ends)):
+            delta = [rewards[b, t] + (0.9 * values[b, t + 1] if t + 1 < e else 0) - values[b, t] for t in range(s, e)]
+            for t in range(s, e):
+                want = sum((0.9 * 0.8) ** (k - t) * delta[k - s] for k in range(t, e))
+                self.assertAlmostEqual(got[b, t].item(), want.item(), places=5)
+
+    def finite_differences(self, loss, x):
+        x = x.double().requires_grad_()
+        self.assertTrue(torch.autograd.gradcheck(loss, (x,), eps=1e-6, atol=1e-5))
+
+    def test_every_loss_agrees_with_finite_differences(self):
+        old, advantages, returns = torch.randn(3, 2, 6, generator=rng(0)).double()
+        x = old + 0.3 * torch.randn(2, 6, generator=rng(1)).double()
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
+        self.finite_differences(lambda x: ppo.policy_loss(x, old, advantages, mask, 0.2)[0], x)
+        self.finite_differences(lambda x: ppo.value_loss(x, old, returns, mask, 0.2), x)
+        self.finite_differences(lambda x: -F.logsigmoid(x[0] - x[1]).mean(), x)
+        # token_logprobs works in float32: compare slopes along random directions
+        h, w = torch.randn(5, 8, generator=rng(2)), torch.randn(20, 8, generator=rng(3))
+        targets, d = torch.tensor([3, -1, 0, 19, 7]), torch.randn(5, 8, generator=rng(4))
+        h.requires_grad_()
+        token_logprobs(h, w, targets)[0].sum().backward()
+        f = lambda step: token_logprobs(h.detach() + step * d, w, targets)[0].double().sum()
+        self.assertAlmostEqual(((f(1e-2) - f(-1e-2)) / 2e-2).item(), (h.grad * d).sum().item(), places=2)
+
+    def test_the_clipped_objective_stops_pushing_beyond_the_clip(self):
+        old, mask = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+        logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()[None].requires_grad_()
+        advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+        loss, share, _, _ = ppo.policy_loss(logprobs, old, advantages, mask, 0.2)
+        loss.backward()
+        self.assertEqual((logprobs.grad[0] != 0).tolist(), [False, True, True, False])
+        self.assertEqual(share.item(), 2)
+
+    def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped(self):
+        end = Tokenizer("tiny").end
+        batch = ppo.as_batch([[5]] * 3, [[6, end], [6, 7], [6, end]], end, torch.device("cpu"))
+        judge = mock.Mock()
+        judge.last = lambda idx, lengths: torch.tensor([9.0, 3.0, -0.5])
+        scores = ppo.scores_of(batch, judge, None, None, ppo.Config(score_clip=5.0, missing_eos_penalty=1.0))
+        self.assertEqual(scores.tolist(), [5.0, -1.0, -0.5])
+
+    def test_equal_rewards_give_no_advantage_and_no_nan(self):
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        white = ppo.whiten(torch.full((3, 4), 2.0), mask)
+        self.assertTrue(torch.isfinite(white).all() and white.abs().max() < 1e-3)
+
+    def test_adaptive_kl_moves_towards_its_target(self):
+        cfg = ppo.Config(kl_target=6.0, batch=100)
+        self.assertAlmostEqual(ppo.adapt(0.1, 60.0, cfg), 0.1 * (1 + 0.2 * 100 / 10_000))
+        self.assertLess(ppo.adapt(0.1, 1.0, cfg), 0.1)
+        self.assertEqual(ppo.adapt(0.1, 60.0, ppo.Config(kl_target=0.0)), 0.1)
+
+    def test_an_update_ends_early_when_the_policy_has_moved_enough(self):
+        cfg, models, batch = a_rollout()
+        cfg.epochs = 50
+        adams = [OffloadedAdamW(net.parameters(), 1e-2) for net in (models[0], models[2])]
+        total, _ = ppo.update(0, batch, models, adams, 1e-2, None, cfg)
+        self.assertLess(total["updates"], 100)
+
+    def test_micro_batches_do_not_change_ppos_update(self):
+        after = []
+        for microbatch in (0, 1):
+            cfg, models, batch = a_rollout()
+            cfg.microbatch = microbatch
+            adams = [OffloadedAdamW(net.parameters(), 1e-3) for net in (models[0], models[2])]
+            ppo.update(0, batch, models, adams, 1e-3, None, cfg)
+            after.append(torch.cat([p.detach().flatten() for p in (*models[0].parameters(), *models[2].parameters())]))
+        self.assertLess((after[0] - after[1]).abs().max(), 1e-4)
+
+    def test_k1_and_policy_start_at_zero_distance(self):
+        _, _, batch = a_rollout(temperature=0.7)
+        self.assertTrue(torch.equal(batch["logprobs"], batch["ref_logprobs"]))
+
+    def test_win_rate_counts_ties_as_half(self):
+        rate, low, high = ppo.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))
+        self.assertEqual(rate, 0.625)
+        self.assertTrue(0 <= low < rate < high <= 1)
+
+    def test_health_signs_are_named(self):
+        healthy = dict(ratio_first=1.0, kl_k3=0.1, eos_rate=0.9, entropy=1.0, kl=2.0)
+        self.assertEqual(list(ppo.complaints(healthy, torch.float32)), [])
+        for sick, word in ((dict(ratio_first=1.1), "ratio"), (dict(kl_k3=-0.1), "k3"), (dict(eos_rate=0.0), "ended"),
+                           (dict(entropy=0.0), "entropy"), (dict(kl=99.0), "KL")):
+            [complaint] = ppo.complaints(healthy | sick, torch.float32)
+            self.assertIn(word, complaint)
+
+    def test_calibration_and_ceiling_of_known_cases(self):
+        margin = torch.tensor([3.0, 3.0, 3.0, -3.0])
+        [(n, predicted, observed)] = reward.calibration(margin)
+        self.assertEqual((n, observed), (4, 0.75))
+        self.assertAlmostEqual(predicted, 1 / (1 + math.exp(-3)), places=5)
+        rows = [{"agreement": 0.9, "skill": "a"}, {"agreement": 0.2, "skill": "a"}, {"agreement": 0.7, "skill": "b"}] * 2
+        table = reward.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
+        self.assertEqual(table["a"], (4, 1.0, 0.5))
+        self.assertAlmostEqual(table["all"][1], 5 / 6, places=5)
+        self.assertAlmostEqual(table["all"][2], 4 / 6, places=5)
+        self.assertIsNone(reward.accuracy_table([{}], torch.ones(1))["all"][2])
+
+
+# --- the three stages, end to end -------------------------------------------------------------------------------------
+
+class Stages(InFolder):
+    def setUp(self):
+        super().setUp()
+        write_data(self.root / "data")
+
+    def three(self, **changes):
+        results = {}
+        for stage in (sft, reward, ppo):
+            results[stage.__name__], text = quiet(stage.main, small(stage, self.root, **changes))
+        return results, text
+
+    def test_the_three_stages_run_and_return_what_the_log_says(self):
+        results, _ = self.three()
+        self.assertEqual(set(results["sft"]), {"val_loss", "gold"})
+        self.assertEqual(set(results["reward"]), {"val_accuracy", "ceiling"})
+        self.assertLessEqual({"gold_before", "gold_after", "gold_best_of_n", "win_rate", "win_rate_low",
+                              "win_rate_high", "kl", "score", "seconds"}, set(results["ppo"]))
+        for name, result in results.items():
+            lines = [json.loads(line) for line in (self.root / "out" / name / "log.jsonl").read_text().splitlines()]
+            self.assertTrue(lines[-1].pop("final"))
+            self.assertEqual({k: v for k, v in lines[-1].items() if k != "step"}, result)
+            self.assertLessEqual({"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"}, set(lines[0]))
+        first = json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0])
+        self.assertEqual((first["ratio_first"], first["kl"], first["kl_k3"]), (1.0, 0.0, 0.0))
+
+    def test_checkpointing_and_offloading_change_no_weight(self):
+        self.three()
+        want = {name: (self.root / "out" / name / "model.safetensors").read_bytes() for name in ("sft", "reward", "ppo")}
+        self.three(checkpoint=True, offload="optimizer")
+        for name, data in want.items():
+            self.assertEqual((self.root / "out" / name / "model.safetensors").read_bytes(), data, name)
+
+    def test_stage_1_replies_average_zero_under_the_saved_reward_model(self):
+        self.three()
+        cfg = small(reward, self.root)
+        net = m.load_model(cfg.out, Scorer)
+        mean = reward.mean_score(net, cfg, Tokenizer("tiny"), torch.device("cpu"), torch.float32)
+        self.assertAlmostEqual(mean, 0, places=4)
+
+    def test_reward_check_needs_no_reward_model_and_learns(self):
+        quiet(sft.main, small(sft, self.root, steps=150, lr=3e-3, warmup=5, batch=16))
+        cfg = small(ppo, self.root, reward="check", steps=25, lr=1e-3, batch=32, minibatch=16, kl_coef=0.01)
+        result, _ = quiet(ppo.main, cfg)
+        self.assertGreater(result["gold_after"], result["gold_before"])
+
+    def test_trace_prints_a_rollout_token_by_token(self):
+        self.three()
+        _, text = quiet(ppo.main, small(ppo, self.root, trace=True, steps=1))
+        self.assertIn("advantage", text)
+        self.assertIn("paid on the last token", text)
+
+    def test_ptx_keeps_stage_ones_loss_in_the_log(self):
+        self.three()
+        quiet(ppo.main, small(ppo, self.root, ptx_coef=0.5, steps=1))
+        self.assertIn("ptx_loss", json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0]))
+
+    def test_the_chat_answers_one_prompt(self):
+        quiet(sft.main, small(sft, self.root))
+        cfg = m.Config(model=str(self.root / "out/sft"), prompt="Hello" * 100, dtype="float32", device="cpu")
+        answer, text = quiet(m.main, cfg)
+        self.assertIn(answer, text)
+
+    def test_pretraining_on_text_reports_loss_per_character(self):
+        (self.root / "book.txt").write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
+        cfg = small(sft, self.root, data=str(self.root / "book.txt"), steps=3)
+        result, _ = quiet(sft.main, cfg)
+        self.assertTrue(0 < result["val_loss_per_character"] < result["val_loss"])
+
+
+class Robustness(InFolder):
+    def setUp(self):
+        super().setUp()
+        write_data(self.root / "data")
+
+    def command(self, stage, out, **changes):
+        cfg = dataclasses.asdict(small(stage, self.root, **changes)) | {"out": str(self.root / out)}
+        return [sys.executable, str(ROOT / f"{stage.__name__}.py"), *(f"--{k}={v}" for k, v in cfg.items())]
+
+    def run_it(self, command, **kwargs):
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **kwargs)
+
+    def wait_for_step(self, process, log, step):
+        deadline = time.time() + 60
+        while not log.exists() or sum('"lr"' in line for line in log.read_text().splitlines()) < step:
+            self.assertTrue(process.poll() is None and time.time() < deadline, "it ended before it could be killed")
+            time.sleep(0.01)
+
+    def test_killed_and_resumed_weights_are_bit_identical(self):
+        for stage in (sft, reward, ppo):
+            name = stage.__name__
+            quiet(stage.main, small(stage, self.root, steps=40 if stage is sft else 24))
+            steps, state = (40 if stage is sft else 24), self.root / "killed" / "state.pt"
+            command = self.command(stage, "killed", steps=steps)
+            for kill_at in (3, 8):  # once between two checkpoints, and again after a resume
+                process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, cwd=ROOT)
+                self.wait_for_step(process, self.root / "killed/log.jsonl", kill_at)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            self.assertLess(torch.load(state, weights_only=True)["step"], steps)
+            done = self.run_it([*command, "--resume"])
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("resuming", done.stdout)
+            for file in ("model.safetensors", "config.json"):
+                self.assertEqual((self.root / "killed" / file).read_bytes(),
+                                 (self.root / "out" / name / file).read_bytes(), (name, file))
+            steps_of = lambda log: [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "lr" in row]
+            self.assertEqual(steps_of(self.root / "killed/log.jsonl"), list(range(1, steps + 1)))
+            (self.root / "killed").rename(self.root / f"killed_{name}")
+
+    def test_ctrl_c_saves_and_says_how_to_go_on(self):
+        process = subprocess.Popen(self.command(sft, "stopped", steps=4000), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.wait_for_step(process, self.root / "stopped/log.jsonl", 3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        self.assertIn("--resume", errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertGreaterEqual(torch.load(self.root / "stopped/state.pt", weights_only=True)["step"], 3)
+
+    def test_a_full_disk_leaves_the_last_good_checkpoint(self):
+        quiet(sft.main, small(sft, self.root))
+        files = {p: p.read_bytes() for p in (self.root / "out/sft").iterdir() if p.name != "log.jsonl"}
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        cfg = small(sft, self.root, resume=True)
+        for where in ("torch.save", "model.write_safetensors"):
+            with mock.patch(where, side_effect=full):
+                run = m.Run(cfg)
+                self.refuses("No space left", "last good checkpoint", call=lambda: run.save(6, tiny()))
+        for path, data in files.items():
+            if path.name != "state.pt":
+                self.assertEqual(path.read_bytes(), data)
+        torch.load(self.root / "out/sft/state.pt", weights_only=True)
+        self.assertEqual([p.name for p in (self.root / "out/sft").glob("*.tmp")], [])
+
+    def test_a_fresh_run_forgets_the_state_of_an_earlier_one(self):
+        quiet(sft.main, small(sft, self.root))
+        m.Run(small(sft, self.root, steps=99))
+        self.assertFalse((self.root / "out/sft/state.pt").exists())
+        self.assertTrue((self.root / "out/sft/model.safetensors").exists())
+
+    def test_resume_with_other_flags_is_refused(self):
+        quiet(sft.main, small(sft, self.root))
+        self.refuses("--lr=", call=lambda: sft.main(small(sft, self.root, resume=True, lr=1e-5)))
+
+    def test_output_that_is_no_terminal_gets_no_progress_bar(self):
+        done = self.run_it(self.command(sft, "plain"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertNotIn("\r", done.stdout)
+        self.assertTrue(done.stdout.startswith("device cpu"))
+
+    def test_bad_input_is_refused_with_a_remedy(self):
+        quiet(sft.main, small(sft, self.root))
+        bad = lambda stage, **changes: lambda: stage.main(small(stage, self.root, **changes))
+        self.refuses("--learning_rate", "Did you mean", call=lambda: m.parse_flags(sft.Config, ["--learning_rate=1"]))
+        self.refuses("--batch=8", "--microbatch=3", call=bad(sft, microbatch=3))
+        self.refuses("--minibatch=3", call=bad(ppo, minibatch=3))
+        self.refuses("--lr=0", call=bad(sft, lr=0.0))
+        self.refuses("--dtype=half", "bfloat16", call=bad(sft, dtype="half"))
+        self.refuses("--device=warp", call=bad(sft, device="warp"))
+        self.refuses("--tokenizer=klingon", "tiny or gpt2", call=bad(sft, tokenizer="klingon"))
+        self.refuses("--n_head=5", call=bad(sft, n_head=5))
+        self.refuses("--block_size=128", call=bad(reward, block_size=128))
+        self.refuses("overwrite", call=bad(reward, out=str(self.root / "out/sft")))
+        self.refuses("no checkpoint here", call=bad(reward, init=str(self.root / "nothing")))
+        self.refuses('Run "python sft.py" first', call=lambda: m.load_model("out/sft") if not Path("out/sft").exists()
+                     else m.require(False, 'Run "python sft.py" first'))
+        self.refuses("--max_new_tokens=64", call=bad(ppo, max_new_tokens=64))
+        self.refuses("nowhere", call=bad(sft, data=str(self.root / "nowhere")))
+        (self.root / "empty").mkdir()
+        self.refuses("sft.jsonl", call=bad(sft, data=str(self.root / "empty")))
+        (self.root / "empty/sft.jsonl").write_text("")
+        self.refuses("sft.jsonl", call=bad(sft, data=str(self.root / "empty")))
+        (self.root / "empty/sft.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]\n')
+        self.refuses("sft.jsonl:1", "JSON", call=bad(sft, data=str(self.root / "empty")))
+
+    def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(self):
+        with mock.patch.object(sft, "negative_log_likelihood",
+                               lambda net, rows, device: (net.wte.weight.sum() * math.nan, 1)):
+            self.refuses("step 1", "nan", call=lambda: sft.main(small(sft, self.root)))
+
+    def test_a_reward_model_with_another_tokenizer_is_refused(self):
+        quiet(sft.main, small(sft, self.root))
+        m.save_model(self.root / "out/reward", tiny(Scorer))
+        config = json.loads((self.root / "out/sft/config.json").read_text())
+        loaded = m.load_model
+        def as_gpt2(folder, cls=GPT, *rest):
+            net = loaded(folder, cls, *rest)
+            net.cfg.tokenizer = "gpt2" if cls is Scorer else config["tokenizer"]
+            return net
+        with mock.patch.object(ppo, "load_model", as_gpt2):
+            self.refuses("gpt2 tokens", "tiny tokens", call=lambda: ppo.main(small(ppo, self.root)))
+
+    def test_long_prompts_are_trimmed_from_the_left_and_counted(self):
+        quiet(sft.main, small(sft, self.root))
+        with open(self.root / "data/prompts.jsonl", "a") as f:
+            f.write(json.dumps({"prompt": [user("why " * 200)], "check": "no"}) + "\n")
+        (train, _), text = quiet(ppo.load_prompts, small(ppo, self.root), Tokenizer("tiny"))
+        self.assertIn("1 longer than 52 tokens", text)
+        self.assertEqual(max(len(row["ids"]) for row in train), 52)
+
+    def test_rows_with_nothing_to_learn_from_are_dropped_and_counted(self):
+        examples, text = quiet(sft.load_examples, small(sft, self.root), Tokenizer("tiny"))
+        self.assertNotIn("dropped", text)
+        with mock.patch.object(sft, "encode_demonstration", lambda *_: [([1], [-1])]):
+            self.refuses("learn", call=lambda: sft.load_examples(small(sft, self.root), Tokenizer("tiny")))
+
+    def test_a_damaged_checkpoint_is_named(self):
+        quiet(sft.main, small(sft, self.root))
+        path = self.root / "out/sft/model.safetensors"
+        data = path.read_bytes()
+        for damage in (data[:100], data[:-500], b"\xff" * 16, b""):
+            path.write_bytes(damage)
+            self.refuses("model.safetensors", call=lambda: m.load_model(path.parent))
+
+
+if __name__ == "__main__":
+    unittest.main()
