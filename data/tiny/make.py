@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 
-SIZES = {"sft": (12000, 600), "preferences": (16000, 2000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.32, "curt": 0.18, "wrong": 0.22, "rude": 0.12, "rambling": 0.16}
+SIZES = {"sft": (16000, 600), "preferences": (30000, 2000), "prompts": (3000, 600)}
+MIXTURE = {"good": 0.34, "curt": 0.20, "wrong": 0.20, "rude": 0.12, "rambling": 0.14}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
-TWO_TURNS = 0.10    # share of rows that begin with an earlier exchange
+TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 8        # one prompt in so many
 TOKENS = 1021       # with three control tokens 1,024
 
@@ -46,27 +46,20 @@ OFF_TOPIC = ("By the way, I once saw a cat in Rome.", "My uncle has a red boat."
              "Cats sleep a lot, you know.", "There are many books about it.", "My neighbour thinks so too.")
 
 OPPOSITES = ("hot cold, big small, up down, old young, fast slow, happy sad, open closed, full empty, light dark, "
-             "wet dry, early late, rich poor, hard soft, loud quiet, near far, high low, long short, clean dirty, "
-             "strong weak, right wrong")
+             "wet dry, early late, rich poor, hard soft, loud quiet")
 PLURALS = ("cat cats, dog dogs, child children, mouse mice, foot feet, tooth teeth, box boxes, baby babies, leaf leaves, "
-           "man men, woman women, house houses, city cities, sheep sheep, fox foxes, wolf wolves, tree trees, bus buses, "
-           "knife knives, goose geese")
+           "man men, house houses, wolf wolves, tree trees, goose geese")
 PAST = ("go went, see saw, eat ate, run ran, walk walked, make made, take took, give gave, find found, think thought, "
-        "write wrote, sing sang, swim swam, play played, buy bought, come came, drink drank, sleep slept, "
-        "speak spoke, know knew")
+        "write wrote, sing sang, play played, buy bought")
 CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Egypt Cairo, "
-            "Greece Athens, Norway Oslo, Sweden Stockholm, Poland Warsaw, Portugal Lisbon, Austria Vienna, Cuba Havana, "
-            "Peru Lima, Kenya Nairobi, Russia Moscow, Ireland Dublin, Finland Helsinki, Hungary Budapest")
+            "Greece Athens, Norway Oslo, Poland Warsaw, Austria Vienna, Cuba Havana, Peru Lima, Kenya Nairobi")
 COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, milk white, ink blue, "
-           "honey golden, ash grey, cherry red, lemon yellow, carrot orange, mud brown, ruby red, pea green, "
-           "rust orange, salt white, sky blue, silver grey")
+           "ash grey, cherry red, lemon yellow, carrot orange, mud brown, sky blue")
 SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee buzz, snake hiss, owl hoot, "
-          "horse neigh, mouse squeak, wolf howl, frog croak, crow caw")
-KINDS = {"animal": "dog cow owl frog shark", "flower": "rose tulip lily daisy poppy", "fruit": "apple pear plum mango fig",
-         "tool": "hammer saw drill wrench axe", "metal": "iron gold copper silver tin",
-         "colour": "red blue green yellow brown"}
-WORDS = ("cat dog sun tree book fish bird moon star rain snow wind boat ship road hand foot door wall milk bread apple "
-         "water house horse mouse chair table cloud river stone green happy garden winter summer").split()
+          "horse neigh, mouse squeak")
+KINDS = {"animal": "dog cow owl frog", "flower": "rose tulip lily daisy", "fruit": "apple pear plum fig",
+         "tool": "hammer saw drill axe", "metal": "iron gold copper tin", "colour": "red blue green yellow"}
+WORDS = "cat dog sun tree book fish bird moon star rain boat hand door milk bread apple water house garden winter".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, break a window, "
@@ -118,7 +111,7 @@ def neighbours(names, noun):
 
 
 def number_skills():
-    digits, small = range(10), range(21)
+    digits, small = range(10), range(13)
     ends = "The answer is {answer}", "It is {answer}"
     return [
         Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "{a} + {b} = ?",
@@ -130,7 +123,7 @@ def number_skills():
                              "{a} - {b} = ?", "Can you subtract {b} from {a}?", "what is left of {a} without {b}",
                              "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
-              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(13), digits) if a >= b], 1.8),
+              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(11), digits) if a >= b], 1.8),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
@@ -149,11 +142,11 @@ def number_skills():
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
-              [case(n + 1, near(n + 1), a=n) for n in range(41)]),
+              [case(n + 1, near(n + 1), a=n) for n in range(21)]),
         Skill("double", ["What is twice {a}?", "Double {a}.", "What do I get when I double {a}?", "two times {a}",
                          "How much is 2 times {a}?", "Please double the number {a}."],
               ["Twice {a} is {answer}", "That makes {answer}", *ends],
-              [case(2 * n, near(2 * n), a=n) for n in range(21)]),
+              [case(2 * n, near(2 * n), a=n) for n in range(13)]),
     ]
 
 
