@@ -22,6 +22,7 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import tiktoken
@@ -397,9 +398,13 @@ def rng(seed, *place):
 
 
 def batches(lengths, batch, seed, epoch):
-    """Lists of `batch` indices that cover all rows once, in random order, each of similar length: little is padding."""
+    """Lists of `batch` indices that cover all rows, in random order, each of similar length: little is padding.
+
+    All are full: where `batch` does not divide the rows, the last one is filled up with rows from the first.
+    """
     generator = rng(seed, "batches", epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = list(islice(cycle(order), -(-len(order) // batch) * batch))
     pool = 50 * batch  # sort within pools only, so that the rows of a batch still differ from epoch to epoch
     for i in range(0, len(order), pool):
         order[i:i + pool] = sorted(order[i:i + pool], key=lambda r: lengths[r])

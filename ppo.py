@@ -130,8 +130,7 @@ def as_batch(prompts, replies, end, device):
     idx (B, T), lengths (B,), ended (B,), and targets (B, T): the reply's token that each position predicts, or -1.
     """
     idx = pad([p + r for p, r in zip(prompts, replies)])
-    targets = pad([[-1] * (len(p) - 1) + r for p, r in zip(prompts, replies)], -1)
-    targets = torch.cat([targets, torch.full_like(targets[:, :1], -1)], 1)
+    targets = pad([[-1] * (len(p) - 1) + r + [-1] for p, r in zip(prompts, replies)], -1)
     batch = {"idx": idx, "targets": targets,
              "lengths": torch.tensor([len(p) + len(r) for p, r in zip(prompts, replies)]),
              "ended": torch.tensor([r[-1] == end for r in replies])}
@@ -210,7 +209,7 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
     device, total, first_ratio = batch["idx"].device, defaultdict(float), None
     generator = rng(cfg.seed, "update", step)
     for epoch in range(cfg.epochs):
-        for rows in torch.randperm(cfg.batch, generator=generator).split(cfg.minibatch):
+        for rows in torch.randperm(len(batch["idx"]), generator=generator).split(cfg.minibatch):
             stats = defaultdict(float)
             n = batch["mask"][rows].sum()
             for part in rows.split(cfg.microbatch or cfg.minibatch):

@@ -34,9 +34,9 @@ ROOT = Path(__file__).parent
 
 # --- small things to test with ----------------------------------------------------------------------------------------
 
-def tiny(cls=GPT, n_layer=2, n_embd=32, seed=0, spread=0.2, **changes):
+def tiny(cls=GPT, n_layer=2, n_embd=32, seed=0, spread=0.2, n_positions=64, **changes):
     """A small float32 model; spread is wider than at a real start, so that mistakes show."""
-    cfg = GPTConfig(Tokenizer("tiny").vocab_size, 64, n_layer, 4, n_embd, "tiny", **changes)
+    cfg = GPTConfig(Tokenizer("tiny").vocab_size, n_positions, n_layer, 4, n_embd, "tiny", **changes)
     net = cls(cfg).initialize(rng(seed))
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -155,10 +155,10 @@ class Bugs(InFolder):
         batch = ppo.as_batch([prompt] * n, replies, -1, torch.device("cpu"))
         entropy_sampled = -ppo.policy_logprobs(net, batch, temperature)[0].sum() / n
         _, entropy = ppo.policy_logprobs(net, ppo.rows_of(batch, slice(1)), temperature, entropy=True)
-        self.assertAlmostEqual(entropy_sampled.item(), entropy.sum().item(), delta=0.1)
+        self.assertAlmostEqual(entropy_sampled.item(), entropy.sum().item(), delta=0.05)
         wrong = -ppo.policy_logprobs(net, batch, 1.0)[0].sum() / n  # the mistake
         wrong_entropy = ppo.policy_logprobs(net, ppo.rows_of(batch, slice(1)), 1.0, entropy=True)[1].sum()
-        self.assertGreater(abs(wrong - wrong_entropy).item(), 0.3)
+        self.assertGreater(abs(wrong - wrong_entropy).item(), 0.15)
 
     def test_bug_04_kl_with_the_wrong_sign_or_partner(self):
         # Colossal-AI until 75c538903; lucidrains/PaLM-rlhf-pytorch#38, #41, #43
@@ -263,7 +263,7 @@ class Bugs(InFolder):
         with mock.patch.object(GPT, "forward", lambda s, idx, cache=None: (widths.append(idx.size(1)),
                                                                            forward(s, idx, cache))[1]):
             replies = generate(net, prompts, 12, end=-1, temperature=0)
-        self.assertEqual(widths, [5] + [1] * 11)  # a lost cache would feed ever longer rows
+        self.assertEqual(widths, [8] + [1] * 11)  # a lost cache would feed ever longer rows
         for prompt, reply in zip(prompts, replies):
             ids = list(prompt)
             for token in reply:
@@ -286,7 +286,7 @@ class Bugs(InFolder):
         self.assertEqual(adam.adam.param_groups[0]["betas"], (0.9, 0.95))
         self.assertAlmostEqual(norm, 2.0, places=5)  # the norm of the last step's gradient, before clipping
         self.assertGreater((clipped - train(0)[0]).abs().max(), 1e-3)  # the mistake: clipping what is not there yet
-        self.assertGreater((clipped - train(0.5, betas=(0.9, 0.9))[0]).abs().max(), 1e-6)  # the mistake
+        self.assertGreater((train(0)[0] - train(0, betas=(0.9, 0.9))[0]).abs().max(), 1e-3)  # the mistake
 
     def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move(self):
         # GRPO-Zero; pytorch#3658
@@ -338,7 +338,7 @@ class Bugs(InFolder):
         # Colossal-AI until 62f4e2eb0
         cfg, models, batch = a_rollout()
         cfg.ptx_coef, tokenizer = 0.5, Tokenizer("tiny")
-        rows = [{"messages": [user("a" * i), assistant("b" * i)]} for i in range(1, 20)]
+        rows = [{"messages": [user("Hello"), assistant(f"{i} and {i * i}")]} for i in range(1, 20)]
         demonstrations = [e for row in rows for e in m.encode_demonstration(row, tokenizer, 64)]
         seen, plain = [], m.negative_log_likelihood
         adams = [OffloadedAdamW(net.parameters(), 1e-3) for net in (models[0], models[2])]
@@ -464,8 +464,24 @@ class Network(InFolder):
         self.assertTrue(torch.allclose(net.values(idx), before + 1.5, atol=1e-5))
 
     def test_logits_equal_those_of_transformers(self):
-        GOLDEN_TEST
+        # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel and
+        # GPT2ForSequenceClassification, for these ids
+        ids = torch.arange(12)[None] * 37 % 1000
+        for cls, golden in ((GPT, [-2.6512, 2.56872, 0.74729, -3.12261, 1.56714, 1.96106]), (Scorer, [-3.14017])):
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                m.save_model(folder, tiny(cls, n_embd=16, n_positions=32))
+                tensors = {}
+                for i, (name, p) in enumerate(sorted(m.read_safetensors(folder / "model.safetensors").items())):
+                    wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.3 + i * 0.7)
+                    tensors[name] = (wave + ("ln_" in name and name.endswith("weight"))).float().view(p.shape)
+                m.write_safetensors(folder / "model.safetensors", tensors)
+                net = m.load_model(folder, cls)
+                out = net.logits(net(ids))[0, -1, :6] if cls is GPT else net.last(ids, torch.tensor([12]))
+                self.assertLess((out - torch.tensor(golden)).abs().max(), 2e-5)
 
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 class Tokens(InFolder):
     def test_text_round_trips_and_never_makes_control_tokens(self):
@@ -506,10 +522,11 @@ class Tokens(InFolder):
         prompt = tokenizer.prompt([user("a b c " * 90)], 20)
         self.assertEqual((len(prompt), prompt[-1]), (20, tokenizer.assistant))
 
-    def test_batches_cover_every_row_once_and_hold_similar_lengths(self):
+    def test_batches_cover_every_row_and_hold_similar_lengths(self):
         lengths = torch.randint(5, 100, (1000,), generator=rng(0)).tolist()
         out = m.batches(lengths, 16, seed=0, epoch=0)
-        self.assertEqual(sorted(i for b in out for i in b), list(range(1000)))
+        self.assertEqual({i for b in out for i in b}, set(range(1000)))
+        self.assertEqual({len(b) for b in out}, {16})
         padded = sum(max(lengths[i] for i in b) * len(b) for b in out)
         self.assertLess(padded / sum(lengths), 1.1)
         self.assertNotEqual(out, m.batches(lengths, 16, seed=0, epoch=1))
@@ -670,10 +687,11 @@ class Mathematics(InFolder):
         for microbatch in (0, 1):
             cfg, models, batch = a_rollout()
             cfg.microbatch = microbatch
-            adams = [OffloadedAdamW(net.parameters(), 1e-3) for net in (models[0], models[2])]
+            # eps is large, so that a step is as long as its gradient and does not blow up rounding errors
+            adams = [OffloadedAdamW(net.parameters(), 1e-3, eps=1.0) for net in (models[0], models[2])]
             ppo.update(0, batch, models, adams, 1e-3, None, cfg)
             after.append(torch.cat([p.detach().flatten() for p in (*models[0].parameters(), *models[2].parameters())]))
-        self.assertLess((after[0] - after[1]).abs().max(), 1e-4)
+        self.assertLess((after[0] - after[1]).abs().max(), 1e-7)
 
     def test_k1_and_policy_start_at_zero_distance(self):
         _, _, batch = a_rollout(temperature=0.7)
@@ -861,7 +879,8 @@ class Robustness(InFolder):
     def test_bad_input_is_refused_with_a_remedy(self):
         quiet(sft.main, small(sft, self.root))
         bad = lambda stage, **changes: lambda: stage.main(small(stage, self.root, **changes))
-        self.refuses("--learning_rate", "Did you mean", call=lambda: m.parse_flags(sft.Config, ["--learning_rate=1"]))
+        self.refuses("--weight-decay", "Did you mean --weight_decay",
+                     call=lambda: m.parse_flags(sft.Config, ["--weight-decay=1"]))
         self.refuses("--batch=8", "--microbatch=3", call=bad(sft, microbatch=3))
         self.refuses("--minibatch=3", call=bad(ppo, minibatch=3))
         self.refuses("--lr=0", call=bad(sft, lr=0.0))

@@ -111,7 +111,7 @@ def neighbours(names, noun):
 
 
 def number_skills():
-    digits, small = range(10), range(13)
+    digits = range(10)
     ends = "The answer is {answer}", "It is {answer}"
     return [
         Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "{a} + {b} = ?",
@@ -128,12 +128,12 @@ def number_skills():
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
-              [case(max(a, b), [min(a, b)], a=a, b=b) for a, b in permutations(small, 2)], 1.6),
+              [case(max(a, b), [min(a, b)], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
                           "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
                           "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
-              [case(min(a, b), [max(a, b)], a=a, b=b) for a, b in permutations(small, 2)], 1.6),
+              [case(min(a, b), [max(a, b)], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
@@ -214,7 +214,7 @@ def fact_skills():
                            "Yes or no: {thing} is a kind of {kind}."],
               ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
               [case("yes" if kind == own else "no", ["yes", "no"], thing=thing, kind=kind)
-               for i, (thing, own) in enumerate(things) for kind in (own, others(own)[i % (len(KINDS) - 1)])], 1.4),
+               for thing, own in things for kind in [own] * (len(KINDS) - 1) + others(own)], 1.6),  # as many yes as no
     ]
 
 
