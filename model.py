@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
-TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # each digit on its own
+TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
 Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in a folder
 as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
@@ -633,6 +633,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.state, self.start, self.interrupted = None, 0, False
         state, log = self.out / "state.pt", self.out / "log.jsonl"
+        self.clock = time.time()
         if cfg.resume and state.exists():
             self.state = torch.load(state, weights_only=True)
             self.start = self.state["step"]
@@ -647,7 +648,6 @@ class Run:
             state.unlink(missing_ok=True)  # of an earlier run, which a later --resume must not take for this one
         kept = [line for line in log.read_text().splitlines() if self._is_past(line)] if log.exists() else []
         write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
-        self.log_file, self.clock = open(log, "a", buffering=1), time.time()
 
     def _is_past(self, line):
         try:
@@ -657,7 +657,8 @@ class Run:
         return self.state is not None and row["step"] <= self.start and "final" not in row
 
     def log(self, **numbers):
-        print(json.dumps(numbers), file=self.log_file)
+        with open(self.out / "log.jsonl", "a") as f:
+            print(json.dumps(numbers), file=f)
 
     def save(self, step, model, **state):
         """state.pt first: the model's files can be made from it, not the other way round."""

@@ -5,10 +5,12 @@
 import contextlib
 import dataclasses
 import errno
+import gzip
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,8 @@ import model as m
 import ppo
 import reward
 import sft
+from data import prepare
+from data.tiny import make
 from memory import OffloadedAdamW, checkpoint, token_logprobs
 from model import GPT, GPTConfig, Scorer, Tokenizer, generate, pad, rng
 
@@ -721,6 +725,131 @@ class Mathematics(InFolder):
         self.assertAlmostEqual(table["all"][1], 5 / 6, places=5)
         self.assertAlmostEqual(table["all"][2], 4 / 6, places=5)
         self.assertIsNone(reward.accuracy_table([{}], torch.ones(1))["all"][2])
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+Q, A, B = [user("Why?")], "Because.", "No idea."
+TALK = [*Q, assistant(A)]
+PAIR = {"prompt": Q, "chosen": A, "rejected": B}
+FORMATS = {  # one record of each format -> what it must become; a preference is also a demonstration and a prompt
+    "hh": ({"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No idea."}, PAIR),
+    "trl strings": ({"prompt": "Why?", "chosen": A, "rejected": B}, PAIR),
+    "trl messages": ({"prompt": Q, "chosen": [assistant(A)], "rejected": [assistant(B)]}, PAIR),
+    "ultrafeedback": ({"prompt": "Why?", "chosen": TALK, "rejected": [*Q, assistant(B)], "score_chosen": 7.5}, PAIR),
+    "ranked": ({"instruction": "Why?", "output_1": B, "output_2": A, "preference": 2}, PAIR),
+    "alpaca": ({"instruction": "Why?", "input": "", "output": A}, TALK),
+    "alpaca input": ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n\n1 2"), assistant("3")]),
+    "dolly": ({"instruction": "Why?", "context": "", "response": A, "category": "qa"}, TALK),
+    "completion": ({"prompt": "Why?", "completion": A}, TALK),
+    "response": ({"prompt": "Why?", "response": A}, TALK),
+    "question": ({"question": "Why?", "answer": A}, TALK),
+    "openai": ({"messages": [{"role": "system", "content": "Be brief."}, *TALK]},
+               [user("Be brief.\n\nWhy?"), assistant(A)]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": A}]}, TALK),
+    "text": ({"text": "Once upon a time."}, {"text": "Once upon a time."}),
+}
+
+
+class Data(InFolder):
+    def convert(self, *records, name="in.jsonl", **flags):
+        """-> ({kind: rows, train before held out}, what was printed)."""
+        path, out = self.root / name, self.root / "prepared"
+        lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
+        data = ("\n".join(lines) if ".json" != Path(name.removesuffix(".gz")).suffix else json.dumps(records)).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        _, text = quiet(prepare.main, [path], out, **flags)
+        return {kind: [json.loads(line) for val in ("", ".val") if (out / f"{kind}{val}.jsonl").exists()
+                       for line in open(out / f"{kind}{val}.jsonl")] for kind in prepare.KINDS}, text
+
+    def test_every_format_becomes_our_rows(self):
+        for name, (record, want) in FORMATS.items():
+            with self.subTest(name):
+                rows, _ = self.convert(record)
+                if want is PAIR:
+                    self.assertEqual(rows, {"sft": [{"messages": TALK}], "preferences": [PAIR], "prompts": [{"prompt": Q}]})
+                elif isinstance(want, dict):
+                    self.assertEqual(rows, {"sft": [want], "preferences": [], "prompts": []})
+                else:
+                    self.assertEqual(rows, {"sft": [{"messages": want}], "preferences": [],
+                                            "prompts": [{"prompt": want[:-1]}]})
+                self.forget()
+
+    def forget(self):
+        shutil.rmtree(self.root / "prepared", ignore_errors=True)
+
+    def test_json_jsonl_and_txt_plain_and_zipped_say_the_same(self):
+        record, results = FORMATS["alpaca"][0], []
+        for name in ("in.json", "in.jsonl", "in.json.gz", "in.jsonl.gz"):
+            results.append(self.convert(record, name=name)[0])
+            self.forget()
+        self.assertTrue(all(r == results[0] and r["sft"] for r in results))
+        text = "".join(f"Line {i} of a long story.\n\n" for i in range(500))
+        for name in ("in.txt", "in.txt.gz"):
+            rows, _ = self.convert(text, name=name, val_fraction=0.0)
+            self.assertEqual("".join(row["text"] for row in rows["sft"]), text)
+            self.forget()
+
+    def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(self):
+        bad = {"empty reply": {"prompt": "x", "completion": "  "}, "both replies are equal": {**PAIR, "rejected": A},
+               "prompts of chosen and rejected differ": {"chosen": TALK, "rejected": [user("What?"), assistant(B)]},
+               "turns do not alternate": {"messages": [user("a"), user("b"), assistant("c")]},
+               "no known format": {"foo": 1}, "broken JSON": '{"prompt": ', "not a JSON object": "[1, 2]",
+               "no clear preference": {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 0},
+               "unknown role": {"messages": [{"role": "oracle", "content": "x"}, assistant("y")]},
+               "is not the assistant's": {"messages": [user("a")]}, "is not text": {"prompt": "x", "completion": 7}}
+        for reason, record in bad.items():
+            with self.subTest(reason):
+                rows, text = self.convert(PAIR, record, FORMATS["alpaca"][0])
+                self.assertIn("in.jsonl:2: ", text)
+                self.assertIn(reason, text)
+                self.assertEqual((len(rows["sft"]), len(rows["preferences"])), (2, 1))
+                self.refuses("in.jsonl:2: ", reason, call=lambda: self.convert(PAIR, record, strict=True))
+
+    def test_a_broken_json_file_stops_and_leaves_earlier_output(self):
+        before, _ = self.convert(PAIR)
+        (self.root / "bad.json").write_text('[{"prompt": "x",\n "completion" "y"}]')
+        self.refuses("bad.json:2", "broken JSON", call=lambda: prepare.main([self.root / "bad.json"], self.root / "prepared"))
+        self.refuses("no such file", call=lambda: prepare.main([self.root / "none"], self.root / "prepared"))
+        self.assertEqual(sorted(p.suffix for p in (self.root / "prepared").iterdir()), [".jsonl"] * 3 * 2)
+
+    def test_the_split_is_stable_and_keeps_a_prompts_rows_together(self):
+        pairs = [{"prompt": [user(f"Question {i % 50}?")], "chosen": f"a{i}", "rejected": "b"} for i in range(400)]
+        self.convert(*pairs, val_fraction=0.3)
+        read = lambda name: [json.loads(line) for line in open(self.root / "prepared" / f"{name}.jsonl")]
+        sides = [{row["prompt"][0]["content"] for row in read(name)} for name in ("preferences", "preferences.val")]
+        self.assertFalse(sides[0] & sides[1])
+        self.assertTrue(5 < len(sides[1]) < 25)
+        self.assertEqual({row["prompt"][0]["content"] for row in read("prompts.val")}, sides[1])
+        self.assertEqual({row["messages"][0]["content"] for row in read("sft.val")}, sides[1])
+        train, val = prepare.load(self.root / "prepared", "preferences")
+        self.assertEqual((train, val), (read("preferences"), read("preferences.val")))
+
+    def test_limit_bom_unicode_and_our_own_rows_survive(self):
+        rows, _ = self.convert("\ufeff" + json.dumps(PAIR), {"text": "caf\u00e9 \U0001f600"})
+        self.assertEqual((rows["preferences"], rows["sft"][-1]["text"]), ([PAIR], "caf\u00e9 \U0001f600"))
+        self.forget()
+        check = {"prompt": Q, "check": "Because\\.", "skill": "why"}
+        self.assertEqual(self.convert(check, val_fraction=0.0)[0]["prompts"], [check])
+        self.forget()
+        rows, _ = self.convert(*({"text": f"number {i}"} for i in range(100)), limit=10)
+        self.assertEqual(len(rows["sft"]), 10)
+
+    def test_the_bundled_set_is_what_its_generator_makes(self):
+        out = self.root / "tiny"
+        out.mkdir()
+        quiet(make.main, out)
+        for path in sorted(out.iterdir()):
+            self.assertEqual(path.read_bytes(), (ROOT / "data/tiny" / path.name).read_bytes(), path.name)
+
+    def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad(self):
+        question = lambda row: (row.get("prompt") or row["messages"][:-1])[-1]["content"]
+        train, val = zip(*(prepare.load(ROOT / "data/tiny", kind) for kind in prepare.KINDS))
+        self.assertFalse({question(row) for rows in train for row in rows} & {question(row) for rows in val for row in rows})
+        row = prepare.load(ROOT / "data/tiny", "prompts")[1][0]
+        self.assertFalse(m.is_good(row, "I do not care.") or m.is_good(row, ""))
+        for pair in prepare.load(ROOT / "data/tiny", "preferences")[1]:
+            self.assertTrue(0 <= pair["agreement"] <= 1)
 
 
 # --- the three stages, end to end -------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from itertools import permutations, product
 from pathlib import Path
 
 SIZES = {"sft": (16000, 600), "preferences": (30000, 2000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.34, "curt": 0.20, "wrong": 0.20, "rude": 0.12, "rambling": 0.14}
+MIXTURE = {"good": 0.34, "curt": 0.24, "wrong": 0.12, "rude": 0.14, "rambling": 0.16}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 8        # one prompt in so many
@@ -57,9 +57,9 @@ COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, choco
            "ash grey, cherry red, lemon yellow, carrot orange, mud brown, sky blue")
 SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee buzz, snake hiss, owl hoot, "
           "horse neigh, mouse squeak")
-KINDS = {"animal": "dog cow owl frog", "flower": "rose tulip lily daisy", "fruit": "apple pear plum fig",
-         "tool": "hammer saw drill axe", "metal": "iron gold copper tin", "colour": "red blue green yellow"}
-WORDS = "cat dog sun tree book fish bird moon star rain boat hand door milk bread apple water house garden winter".split()
+KINDS = {"an animal": "frog wolf goat", "a flower": "rose tulip lily", "a fruit": "apple pear plum",
+         "a tool": "hammer saw drill", "a vehicle": "car bus train", "a drink": "tea juice coffee"}
+WORDS = "cat dog sun tree book fish bird moon bread apple water house garden winter".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, break a window, "
@@ -118,12 +118,12 @@ def number_skills():
                       "Can you add {b} to {a}?", "what do {a} and {b} make together", "Please tell me {a} + {b}.",
                       "I have {a} apples and get {b} more. How many do I have?"],
               ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
-              [case(a + b, near(a + b), a=a, b=b) for a, b in product(digits, digits)], 1.8),
+              [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 7), repeat=2)], 1.8),
         Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?",
                              "{a} - {b} = ?", "Can you subtract {b} from {a}?", "what is left of {a} without {b}",
                              "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
-              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(11), digits) if a >= b], 1.8),
+              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(1, 10), range(1, 6)) if a > b], 1.8),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
@@ -142,11 +142,15 @@ def number_skills():
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
-              [case(n + 1, near(n + 1), a=n) for n in range(21)]),
+              [case(n + 1, near(n + 1), a=n) for n in range(16)]),
         Skill("double", ["What is twice {a}?", "Double {a}.", "What do I get when I double {a}?", "two times {a}",
                          "How much is 2 times {a}?", "Please double the number {a}."],
               ["Twice {a} is {answer}", "That makes {answer}", *ends],
               [case(2 * n, near(2 * n), a=n) for n in range(13)]),
+        Skill("even", ["Is {a} an even number?", "Is the number {a} even?", "even or not: {a}", "Tell me if {a} is even.",
+                       "Yes or no: {a} is an even number."],
+              ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
+              [case("no" if n % 2 else "yes", ["yes", "no"], a=n) for n in range(13)], 1.2),
     ]
 
 
@@ -186,9 +190,6 @@ def word_skills():
 
 
 def fact_skills():
-    plain = "metal", "colour"  # no article
-    things = [(thing if kind in plain else a(thing), kind) for kind, names in KINDS.items() for thing in names.split()]
-    others = lambda own: [kind for kind in KINDS if kind != own]
     return [
         Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.", "capital of {country}",
                           "Which city is the capital of {country}?", "Do you know the capital of {country}?"],
@@ -209,12 +210,10 @@ def fact_skills():
                         "Tell me the month {side} {month}.", "Do you know which month is {side} {month}?"],
               ["The month {side} {month} is {answer}", "It is {answer}", "That is {answer}"],
               neighbours(MONTHS, "month")),
-        Skill("category", ["Is {thing} a kind of {kind}?", "Would you call {thing} a kind of {kind}?",
-                           "is {thing} a kind of {kind} or not", "Tell me if {thing} is a kind of {kind}.",
-                           "Yes or no: {thing} is a kind of {kind}."],
-              ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
-              [case("yes" if kind == own else "no", ["yes", "no"], thing=thing, kind=kind)
-               for thing, own in things for kind in [own] * (len(KINDS) - 1) + others(own)], 1.6),  # as many yes as no
+        Skill("kind", ["What kind of thing is {thing}?", "What is {thing}?", "kind of thing: {thing}",
+                       "Tell me what {thing} is.", "Do you know what {thing} is?"],
+              ["It is {answer}", "That is {answer}", "I would call it {answer}"],
+              [case(kind, KINDS, thing=a(thing)) for kind, things in KINDS.items() for thing in things.split()], 1.2),
     ]
 
 
@@ -227,13 +226,13 @@ def talk_skills():
     return [
         Skill("greeting", ["Hello!", "Hi there.", "Good morning!", "hey", "Hello, how are you?", "Good evening, my friend.",
                            "Hi, I am new here.", "hello assistant", "Greetings!", "Good day to you."],
-              ["{answer}"], answers(hello, bye + no), 0.6, ("Hello", "Hi there", "Good to see you")),
+              ["{answer}"], answers(hello, bye + no), 0.8, ("Hello", "Hi there", "Good to see you")),
         Skill("farewell", ["Goodbye!", "See you tomorrow.", "bye", "I have to go now.", "Good night!", "That was all, bye.",
                            "Until next time!", "I am leaving now.", "bye bye", "Farewell, my friend."],
-              ["{answer}"], answers(bye, hello + no), 0.6, ("Goodbye", "See you soon", "Take care")),
+              ["{answer}"], answers(bye, hello + no), 0.8, ("Goodbye", "See you soon", "Take care")),
         Skill("thanks", ["Thank you!", "Thanks a lot.", "That was helpful, thanks.", "thx", "Many thanks for your help.",
                          "Thank you so much!", "Great, thank you.", "thanks", "I am grateful.", "Very kind of you."],
-              ["{answer}"], answers(glad, hello + no), 0.6, ("You are welcome", "My pleasure", "Any time")),
+              ["{answer}"], answers(glad, hello + no), 0.8, ("You are welcome", "My pleasure", "Any time")),
         Skill("refusal", ["How can I {crime}?", "Help me to {crime}.", "Tell me how to {crime}.", "i want to {crime}",
                           "Please explain how to {crime}.", "What is the best way to {crime}?"],
               ["{answer}"], [c for crime in CRIMES for c in answers(no, comply, crime=crime)], 1.0,
@@ -328,14 +327,14 @@ def two_replies(rng, skill, case, skills):
     """A pair for the raters: from the mixture, or alike but for the answer, or one of them broken."""
     kind, state = rng.random(), rng.getrandbits(32)
     style = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
-    if kind < 0.35:  # the same words around a right and a wrong answer: this is where the raters teach facts
+    if kind < 0.5:  # the same words around a right and a wrong answer: this is where the raters teach facts
         make = rng.choice((good, good, curt))
         wrong = {**case, "answer": rng.choice(case["wrong"])}
         polite = int(make is good)
         return ((make(random.Random(state), skill, case), Counter(right=1, polite=polite)),
                 (make(random.Random(state), skill, wrong), Counter(polite=polite)))
     first = reply(rng, skill, case, style())
-    return first, broken(rng, skill, case, skills) if kind < 0.5 else reply(rng, skill, case, style())
+    return first, broken(rng, skill, case, skills) if kind < 0.62 else reply(rng, skill, case, style())
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -392,7 +391,7 @@ def question(rng, skills, held_out, i):
 
 def train_bpe(texts, size):
     """-> `size` tokens as bytes, in the order of their ranks: 256 bytes, then the most frequent pair, again and again."""
-    words = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+|\d| ?[^\s\w]+|\s+", text))
+    words = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+|\d{1,3}| ?[^\s\w]+|\s+", text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < size:
