@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 
-# --- gradient checkpointing: Chen et al. 2016, arXiv:1604.06174 -------------------------------------------------------
+# --- gradient checkpointing: Chen et al. 2016, arXiv:1604.06174 ---------------------------------------------
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
@@ -55,7 +55,7 @@ def checkpoint(function, *inputs):
     return _Checkpoint.apply(function, anchor, *inputs)
 
 
-# --- AdamW with its 32-bit state on the host: ZeRO-Offload, arXiv:2101.06840 ------------------------------------------
+# --- AdamW with its 32-bit state on the host: ZeRO-Offload, arXiv:2101.06840 --------------------------------
 
 class OffloadedAdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) for weights of any type, with float32 masters on `host`.
@@ -110,7 +110,7 @@ class OffloadedAdamW:
         self._publish()
 
 
-# --- log-probabilities without the logits -----------------------------------------------------------------------------
+# --- log-probabilities without the logits -------------------------------------------------------------------
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod

@@ -11,7 +11,7 @@ Loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9), the reward of Ziegle
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ class Config:
     init: str = "out/sft"       # stage 1's checkpoint folder: where the actor starts, and its reference
     reward: str = "out/reward"  # stage 2's checkpoint folder; check: 1 for a reply that matches the prompt's check
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
-    n_layer: int = 4            # size of a model from scratch
+    n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with prompts.jsonl, or one file in any format that data/prepare.py knows
@@ -69,7 +69,7 @@ class Config:
     save_every: int = 20
 
 
-# --- mathematics: positions are those that predict a token of the reply, mask marks them, all (B, T) ------------------
+# --- mathematics: positions are those that predict a token of the reply, mask marks them, all (B, T) --------
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Per token minus kl_coef * log(policy / reference); the score (B,) on the position of each reply's last token."""
@@ -122,7 +122,7 @@ def k3(logprobs, ref_logprobs):
     return (ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs)
 
 
-# --- rollout ----------------------------------------------------------------------------------------------------------
+# --- rollout ------------------------------------------------------------------------------------------------
 
 def as_batch(prompts, replies, end, device):
     """Lists of ids -> what everything after generation works on, as a dict of tensors:
@@ -152,13 +152,17 @@ def in_parts(function, batch, size):
     return tuple(map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
 
 
+def texts(batch, tokenizer):
+    return [tokenizer.decode(t[t >= 0].tolist()) for t in batch["targets"]]
+
+
 def scores_of(batch, reward_model, rows, tokenizer, cfg):
     """(B,) clipped scores from the reward model or the rows' checks; a reply that never ends gets the penalty."""
     if reward_model:
         scores = in_parts(lambda b: reward_model.last(b["idx"], b["lengths"]), batch, cfg.microbatch or cfg.batch)
     else:
-        replies = [tokenizer.decode(ids[targets >= 0]) for ids, targets in zip(batch["targets"], batch["targets"])]
-        scores = torch.tensor([float(is_good(*pair)) for pair in zip(rows, replies)], device=batch["idx"].device)
+        good = [float(is_good(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
+        scores = torch.tensor(good, device=batch["idx"].device)
     scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     return torch.where(batch["ended"], scores, -cfg.missing_eos_penalty)
 
@@ -198,7 +202,7 @@ def trace(batch, tokenizer, row=0):
     print(f"score {batch['scores'][row].item():.3f}, paid on the last token")
 
 
-# --- update -----------------------------------------------------------------------------------------------------------
+# --- update -------------------------------------------------------------------------------------------------
 
 TARGET_KL = 0.02  # approximate KL from the rollout's policy at which the passes over a batch end early
 
@@ -261,12 +265,13 @@ def complaints(log, dtype):
         yield f"KL {log['kl']:.0f} nats a reply: far from stage 1, the score can no longer be trusted; raise --kl_coef"
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the CPU."""
     prompts, size = [row["ids"] for row in rows], 64
+    cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
     replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, cfg.temperature)
     order, device = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i])), model.wte.weight.device
     scores, kl = torch.empty(len(rows)), torch.empty(len(rows))
@@ -311,7 +316,7 @@ def evaluate(models, rows, tokenizer, cfg):
             "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def check(cfg):
     check_common(cfg)
@@ -321,6 +326,7 @@ def check(cfg):
     require(0 < cfg.max_new_tokens < cfg.block_size,
             f"--max_new_tokens={cfg.max_new_tokens} must leave room for a prompt in --block_size={cfg.block_size}.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
+    require(cfg.score_clip > 0, f"--score_clip={cfg.score_clip}: above 0.")
     for name in ("epochs", "best_of_n", "eval_prompts"):
         require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
 
@@ -395,7 +401,7 @@ def main(cfg):
             gap = batch["logprobs"] - batch["ref_logprobs"]
             residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
             spread = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
-            replies = [tokenizer.decode(t[t >= 0].tolist()) for t in batch["targets"]]
+            replies = texts(batch, tokenizer)
             log |= {"score": batch["scores"].mean().item(), "kl": gap.sum(1).mean().item(),
                     "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
                     "entropy": masked_mean(batch["entropy"], mask).item(), "ratio_first": first_ratio,

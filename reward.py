@@ -25,7 +25,7 @@ from model import (GPT, Run, Scorer, batch_at, check_common, cosine, generate_ma
 class Config:
     init: str = "out/sft"       # stage 1's checkpoint folder, or scratch
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
-    n_layer: int = 4            # size of a model from scratch
+    n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with preferences.jsonl, or one file in any format that data/prepare.py knows
@@ -49,7 +49,7 @@ class Config:
     save_every: int = 200
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 def encode(row, tokenizer, block_size):
     """-> (chosen, rejected): ids of the whole dialogue, from the left cut to block_size, so the reply stays."""
@@ -73,7 +73,7 @@ def load_pairs(cfg, tokenizer):
     return out
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
+# --- mathematics --------------------------------------------------------------------------------------------
 
 def score(model, rows, device):
     """Lists of ids -> the score at each one's last real token, float32 (B,)."""
@@ -145,7 +145,7 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
         return torch.cat([score(model, rows[i:i + 64], device) for i in range(0, len(rows), 64)]).mean().item()
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def main(cfg):
     check_common(cfg)

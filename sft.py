@@ -23,7 +23,7 @@ from model import (GPT, Run, batch_at, check_common, cosine, encode_demonstratio
 class Config:
     init: str = "scratch"       # random weights, or a checkpoint folder
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
-    n_layer: int = 4            # size of a model from scratch
+    n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with sft.jsonl, or one file in any format that data/prepare.py knows
@@ -47,7 +47,7 @@ class Config:
     save_every: int = 250
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 def load_examples(cfg, tokenizer):
     train, val = prepare.load(cfg.data, "sft")
@@ -67,7 +67,7 @@ def load_examples(cfg, tokenizer):
     return *out, sum(len(row["text"]) for row in val) if val and all("text" in row for row in val) else 0
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
+# --- mathematics --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def validate(model, examples, cfg, device):
@@ -84,7 +84,7 @@ def samples(model, tokenizer, prompts, cfg, say, n=4):
         say(f"    {tokenizer.decode(prompt)!r} -> {tokenizer.decode(reply)!r}")
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def main(cfg):
     check_common(cfg)

@@ -28,7 +28,7 @@ class Unusable(ValueError):
     """A row that nothing can be learned from; the message is the reason that gets counted."""
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------------------
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant"}
@@ -79,7 +79,7 @@ def ask(*parts):
     return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
 
 
-# --- formats: a record -> [(kind, row), ...] --------------------------------------------------------------------------
+# --- formats: a record -> [(kind, row), ...] ----------------------------------------------------------------
 
 def demonstration(messages, **extra):
     check_turns(messages, "assistant")
@@ -194,7 +194,7 @@ def convert(r):
     raise Unusable(f"no known format in keys {', '.join(sorted(map(str, r)))[:100]}")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 def open_text(path):
     """Lines of a possibly gzipped file, each decoded on its own, so that one bad byte costs one row."""
@@ -294,7 +294,7 @@ def load(path, kind, val_fraction=0.1, optional=False):
     return (train, [row for row in found[0] if is_held_out(row, val_fraction)]) if train else (found[0], [])
 
 
-# --- the converter ----------------------------------------------------------------------------------------------------
+# --- the converter ------------------------------------------------------------------------------------------
 
 class Writer:
     """The output files, under temporary names until all is well."""
