@@ -36,14 +36,14 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 80             # rollouts, each followed by `epochs` passes over it
+    steps: int = 60             # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 32         # replies per gradient step; must divide `batch`
     microbatch: int = 0         # replies at once, 0: a minibatch; changes memory, not the gradient
     epochs: int = 4
     max_new_tokens: int = 48    # of a reply
     block_size: int = 128       # tokens of prompt and reply together; longer prompts lose their beginning
-    temperature: float = 1.0    # of the policy itself: divides the logits in rollout, reference and update alike
+    temperature: float = 0.7    # of the policy itself: divides the logits in rollout, reference and update alike
     lr: float = 1e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0

@@ -33,7 +33,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 800
+    steps: int = 2200
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 128       # tokens of context; longer dialogues lose their beginning
@@ -44,9 +44,9 @@ class Config:
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
     resume: bool = False        # go on from out/state.pt
-    log_every: int = 20
-    eval_every: int = 200
-    save_every: int = 200
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 500
 
 
 # --- data ---------------------------------------------------------------------------------------------------

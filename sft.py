@@ -31,7 +31,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 1000
+    steps: int = 1300
     batch: int = 64             # rows per step
     microbatch: int = 0         # rows at once, 0: all; changes memory, not the gradient
     block_size: int = 128       # tokens of context; longer rows lose their beginning
@@ -42,9 +42,9 @@ class Config:
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
     resume: bool = False        # go on from out/state.pt
-    log_every: int = 20
-    eval_every: int = 250
-    save_every: int = 250
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 500
 
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -760,8 +760,8 @@ class Data(InFolder):
         data = ("\n".join(lines) if ".json" != Path(name.removesuffix(".gz")).suffix else json.dumps(records)).encode()
         path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         _, text = quiet(prepare.main, [path], out, **flags)
-        return {kind: [json.loads(line) for val in ("", ".val") if (out / f"{kind}{val}.jsonl").exists()
-                       for line in open(out / f"{kind}{val}.jsonl")] for kind in prepare.KINDS}, text
+        return {kind: [json.loads(line) for val in ("", ".val") if (out / f"{kind}{val}.jsonl").exists() for line in
+                       (out / f"{kind}{val}.jsonl").read_text().splitlines()] for kind in prepare.KINDS}, text
 
     def test_every_format_becomes_our_rows(self):
         for name, (record, want) in FORMATS.items():
@@ -817,7 +817,8 @@ class Data(InFolder):
     def test_the_split_is_stable_and_keeps_a_prompts_rows_together(self):
         pairs = [{"prompt": [user(f"Question {i % 50}?")], "chosen": f"a{i}", "rejected": "b"} for i in range(400)]
         self.convert(*pairs, val_fraction=0.3)
-        read = lambda name: [json.loads(line) for line in open(self.root / "prepared" / f"{name}.jsonl")]
+        lines = lambda name: (self.root / "prepared" / f"{name}.jsonl").read_text().splitlines()
+        read = lambda name: list(map(json.loads, lines(name)))
         sides = [{row["prompt"][0]["content"] for row in read(name)} for name in ("preferences", "preferences.val")]
         self.assertFalse(sides[0] & sides[1])
         self.assertTrue(5 < len(sides[1]) < 25)

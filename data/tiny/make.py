@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
-SIZES = {"sft": (24000, 600), "preferences": (40000, 3000), "prompts": (3000, 600)}
+SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
 MIXTURE = {"good": 0.40, "curt": 0.20, "wrong": 0.10, "rude": 0.14, "rambling": 0.16}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
@@ -132,18 +132,18 @@ def number_skills():
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
-              [case(max(a, b), [min(a, b), min(a, b), *near(max(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.1),
+              [case(max(a, b), [min(a, b), min(a, b), *near(max(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
                           "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
                           "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
-              [case(min(a, b), [max(a, b), max(a, b), *near(min(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.1),
+              [case(min(a, b), [max(a, b), max(a, b), *near(min(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
               [case(row(sorted(x)), [row(w) for w in (*permutations(x), *combinations_with_replacement(digits, 3))
                                      if len(set(w) & set(x)) >= 2], a=x[0], b=x[1], c=x[2])
-               for x in permutations(digits[:6], 3)], 1.8),
+               for x in permutations(digits[:6], 3)], 2.0),
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?", "Which number follows {a}?", "number after {a}", "I count and I am at {a}. What comes now?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
