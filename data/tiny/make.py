@@ -23,7 +23,7 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.40, "curt": 0.20, "wrong": 0.10, "rude": 0.14, "rambling": 0.16}
+MIXTURE = {"good": 0.24, "curt": 0.26, "wrong": 0.12, "rude": 0.18, "rambling": 0.20}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 10       # one prompt in so many
@@ -143,7 +143,7 @@ def number_skills():
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
               [case(row(sorted(x)), [row(w) for w in (*permutations(x), *combinations_with_replacement(digits, 3))
                                      if len(set(w) & set(x)) >= 2], a=x[0], b=x[1], c=x[2])
-               for x in permutations(digits[:6], 3)], 2.0),
+               for x in permutations(digits[:5], 3)], 2.0),
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?", "Which number follows {a}?", "number after {a}", "I count and I am at {a}. What comes now?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
