@@ -36,7 +36,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 60             # rollouts, each followed by `epochs` passes over it
+    steps: int = 70             # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 32         # replies per gradient step; must divide `batch`
     microbatch: int = 0         # replies at once, 0: a minibatch; changes memory, not the gradient

@@ -33,7 +33,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 2200
+    steps: int = 2800
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 128       # tokens of context; longer dialogues lose their beginning
@@ -73,6 +73,11 @@ def load_pairs(cfg, tokenizer):
     return out
 
 
+# Pairs tell nothing about a constant that a prompt adds to both its scores, and PPO, which clips scores, needs it small:
+# the weight of (score(chosen) + score(rejected))^2 beside the loss, Eisenstein et al. 2023, arXiv:2312.09244, section 2.
+CENTER = 0.01
+
+
 # --- mathematics --------------------------------------------------------------------------------------------
 
 def score(model, rows, device):
@@ -81,9 +86,14 @@ def score(model, rows, device):
     return model.last(pad(rows).to(device), lengths)
 
 
+def pair_scores(model, pairs, device):
+    """[(chosen ids, rejected ids), ...] -> (score(chosen), score(rejected)), each float32 (B,)."""
+    return score(model, [ids for pair in zip(*pairs) for ids in pair], device).chunk(2)
+
+
 def margins(model, pairs, device):
     """[(chosen ids, rejected ids), ...] -> score(chosen) - score(rejected), float32 (B,)."""
-    chosen, rejected = score(model, [ids for pair in zip(*pairs) for ids in pair], device).chunk(2)
+    chosen, rejected = pair_scores(model, pairs, device)
     return chosen - rejected
 
 
@@ -167,9 +177,10 @@ def main(cfg):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = 0.0
             for i in range(0, len(batch), size):
-                margin = margins(model, batch[i:i + size], device)
+                chosen, rejected = pair_scores(model, batch[i:i + size], device)
+                margin = chosen - rejected
                 part = -F.logsigmoid(margin).sum() / len(batch)
-                part.backward()
+                (part + CENTER * (chosen + rejected).square().sum() / len(batch)).backward()
                 loss += part.item()
                 right += (margin > 0).sum().item()
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "

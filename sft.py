@@ -79,9 +79,11 @@ def validate(model, examples, cfg, device):
 
 def samples(model, tokenizer, prompts, cfg, say, n=4):
     """Print what the model says to a few held-out prompts, or to nothing at all."""
-    ids = [tokenizer.prompt(row["prompt"], cfg.block_size // 2) for row in prompts[:n]] or [[tokenizer.end]]
-    for prompt, reply in zip(ids, generate_many(model, ids, cfg.block_size // 2, tokenizer.end, cfg.seed)):
-        say(f"    {tokenizer.decode(prompt)!r} -> {tokenizer.decode(reply)!r}")
+    asked = [row["prompt"] for row in prompts[:n]]
+    ids = [tokenizer.prompt(messages, cfg.block_size // 2) for messages in asked] or [[tokenizer.end]]
+    replies = generate_many(model, ids, cfg.block_size // 2, tokenizer.end, cfg.seed)
+    for question, reply in zip([messages[-1]["content"][-200:] for messages in asked] or [""], replies):
+        say(f"    {question!r} -> {tokenizer.decode(reply)!r}")
 
 
 # --- training -----------------------------------------------------------------------------------------------

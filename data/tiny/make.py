@@ -2,7 +2,7 @@
 
     python data/tiny/make.py        # the same bytes on every machine
 
-Twenty skills, each with several ways to ask and to answer. The demonstrations are a mixture, as the internet is: good
+About twenty skills, each with several ways to ask and to answer. The demonstrations are a mixture, as the internet is: good
 (right, polite and to the point), curt, wrong, rude, rambling. Simulated raters compare such replies; their choices are
 noisy, and their taste is not quite the truth: they like length and exclamation marks a little too much. So a reward
 model has a known ceiling, PPO has something to gain, and a policy that trusts the learned score too far is caught by
@@ -23,7 +23,7 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.24, "curt": 0.26, "wrong": 0.12, "rude": 0.18, "rambling": 0.20}
+MIXTURE = {"good": 0.28, "curt": 0.26, "wrong": 0.10, "rude": 0.18, "rambling": 0.18}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 10       # one prompt in so many
