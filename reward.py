@@ -73,11 +73,6 @@ def load_pairs(cfg, tokenizer):
     return out
 
 
-# Pairs tell nothing about a constant that a prompt adds to both its scores, and PPO, which clips scores, needs it small:
-# the weight of (score(chosen) + score(rejected))^2 beside the loss, Eisenstein et al. 2023, arXiv:2312.09244, section 2.
-CENTER = 0.01
-
-
 # --- mathematics --------------------------------------------------------------------------------------------
 
 def score(model, rows, device):
@@ -95,6 +90,18 @@ def margins(model, pairs, device):
     """[(chosen ids, rejected ids), ...] -> score(chosen) - score(rejected), float32 (B,)."""
     chosen, rejected = pair_scores(model, pairs, device)
     return chosen - rejected
+
+
+# Pairs tell nothing about a constant that a prompt adds to both its scores, but PPO clips scores and needs it small.
+CENTER = 0.01
+
+
+def bradley_terry(chosen, rejected):
+    """Scores, each (B,) -> (loss, the square of what a pair's scores have in common), both summed over the pairs.
+
+    The second, weighted with CENTER, keeps scores centred: Eisenstein et al. 2023, arXiv:2312.09244, section 2.
+    """
+    return -F.logsigmoid(chosen - rejected).sum(), (chosen + rejected).square().sum()
 
 
 @torch.no_grad()
@@ -178,11 +185,10 @@ def main(cfg):
             loss = 0.0
             for i in range(0, len(batch), size):
                 chosen, rejected = pair_scores(model, batch[i:i + size], device)
-                margin = chosen - rejected
-                part = -F.logsigmoid(margin).sum() / len(batch)
-                (part + CENTER * (chosen + rejected).square().sum() / len(batch)).backward()
-                loss += part.item()
-                right += (margin > 0).sum().item()
+                part, penalty = bradley_terry(chosen, rejected)
+                ((part + CENTER * penalty) / len(batch)).backward()
+                loss += part.item() / len(batch)
+                right += (chosen > rejected).sum().item()
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
                                          f"{run.out} keeps the last good checkpoint.")
             lr = cosine(step, cfg)

@@ -77,12 +77,13 @@ def validate(model, examples, cfg, device):
     return sum(nll.item() for nll, _ in parts), sum(n for _, n in parts)
 
 
-def samples(model, tokenizer, prompts, cfg, say, n=4):
-    """Print what the model says to a few held-out prompts, or to nothing at all."""
-    asked = [row["prompt"] for row in prompts[:n]]
-    ids = [tokenizer.prompt(messages, cfg.block_size // 2) for messages in asked] or [[tokenizer.end]]
-    replies = generate_many(model, ids, cfg.block_size // 2, tokenizer.end, cfg.seed)
-    for question, reply in zip([messages[-1]["content"][-200:] for messages in asked] or [""], replies):
+def samples(model, tokenizer, prompts, val, cfg, say, n=4):
+    """Print what the model says to a few held-out prompts; without prompts, how it goes on with held-out text."""
+    room = cfg.block_size // 2
+    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room)) for row in prompts[:n]]
+    shown = shown or [(tokenizer.decode(idx[:room // 2]), idx[:room // 2]) for idx, _ in val[:n]]
+    replies = generate_many(model, [ids for _, ids in shown], room, tokenizer.end, cfg.seed)
+    for (question, _), reply in zip(shown, replies):
         say(f"    {question!r} -> {tokenizer.decode(reply)!r}")
 
 
@@ -137,7 +138,7 @@ def main(cfg):
                     val_loss = nll / n
                     say(f"step {done:5}/{cfg.steps} | val_loss {val_loss:.4f}")
                     run.log(step=done, val_loss=val_loss)
-                samples(model, tokenizer, prompts, cfg, say)
+                samples(model, tokenizer, prompts, val, cfg, say)
                 clock, seen = time.time(), 0
             if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
                 run.save(done, model, optimizer=optimizer)
@@ -148,7 +149,7 @@ def main(cfg):
              "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed)}
     if val_characters:
         final["val_loss_per_character"] = nll / val_characters
-    samples(model, tokenizer, prompts, cfg, say, n=8)
+    samples(model, tokenizer, prompts, val, cfg, say, n=8)
     return run.finish(cfg.steps, **final)
 
 

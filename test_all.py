@@ -357,7 +357,7 @@ class Bugs(InFolder):
     def test_bug_18_double_softmax_in_the_reward_loss(self):
         # nanoChatGPT
         margin = torch.tensor([2.0, -1.0])
-        loss = -F.logsigmoid(margin)
+        loss = torch.stack([reward.bradley_terry(x, torch.zeros(1))[0] for x in margin.view(2, 1)])
         self.assertTrue(torch.allclose(loss, torch.log1p((-margin).exp())))
         twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
         self.assertGreater((twice - loss).abs().max(), 0.1)
@@ -701,6 +701,15 @@ class Mathematics(InFolder):
     def test_k1_and_policy_start_at_zero_distance(self):
         _, _, batch = a_rollout(temperature=0.7)
         self.assertTrue(torch.equal(batch["logprobs"], batch["ref_logprobs"]))
+
+    def test_centring_sees_only_what_the_pair_has_in_common(self):
+        chosen, rejected = torch.randn(2, 6, generator=rng(0)).double()
+        loss, common = reward.bradley_terry(chosen, rejected)
+        shifted, more = reward.bradley_terry(chosen + 3, rejected + 3)
+        self.assertAlmostEqual(loss.item(), shifted.item())
+        self.assertGreater(more.item(), common.item())
+        self.assertEqual(reward.bradley_terry(chosen, -chosen)[1].item(), 0)
+        self.finite_differences(lambda x: reward.bradley_terry(x, rejected)[0], chosen)
 
     def test_win_rate_counts_ties_as_half(self):
         rate, low, high = ppo.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))

@@ -3,7 +3,7 @@
     python data/pictures/draw.py overoptimisation.png "with penalty"=out/ppo "without"=out/ppo-free
 
 Each line is a run (Gao et al. 2022, arXiv:2210.10760, figure 1, for a single reward model); the star is stage 1's best
-of n by the same reward model. Needs matplotlib, which nothing else here does.
+of 16 by the same reward model, from the first run. Needs matplotlib, which nothing else here does.
 """
 import json
 import math
@@ -41,10 +41,11 @@ def main(picture, runs, n=16):
                      "xtick.color": grey, "ytick.color": grey}
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 7.2), sharex=True)
     for colour, (label, folder) in zip(("#2a78d6", "#e8743b", "#3ba55d"), runs):
-        steps, final = read(folder)
+        steps, _ = read(folder)
         kl = smooth([row["kl"] for row in steps])
         for axis, name in zip(axes, ("score", "gold")):
             axis.plot(kl, smooth([row[name] for row in steps]), color=colour, linewidth=2.5, label=label)
+    final = read(runs[0][1])[1]
     best_kl = math.log(n) - (n - 1) / n  # of best-of-n: Stiennon et al. 2020, appendix G.3
     axes[0].plot(best_kl, final["score_best_of_n"], "*", color=grey, markersize=16, label=f"best of {n}")
     axes[1].plot(best_kl, final["gold_best_of_n"], "*", color=grey, markersize=16)
