@@ -176,8 +176,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd)
 
     def initialize(self, generator):
-        # Spreads that keep the size of a signal, whatever the width; at GPT-2's widths about its own 0.02. With 0.02 at
-        # a width of 128, learning takes twice as long.
+        # Spreads that keep the size of a signal, whatever the width; at GPT-2's widths near its own 0.02, with which
+        # a network of width 128 takes half as long again to learn.
         for name, p in self.named_parameters():
             if name.startswith("w"):  # the first logits have a spread of 1/2, the first loss is ln V + 1/8
                 nn.init.normal_(p, std=0.5 / math.sqrt(self.cfg.n_embd), generator=generator)
