@@ -177,7 +177,7 @@ class GPT(nn.Module):
 
     def initialize(self, generator):
         # Spreads that keep the size of a signal, whatever the width; at GPT-2's widths near its own 0.02, with which
-        # a network of width 128 takes half as long again to learn.
+        # a network of width 128 was slower to learn.
         for name, p in self.named_parameters():
             if name.startswith("w"):  # the first logits have a spread of 1/2, the first loss is ln V + 1/8
                 nn.init.normal_(p, std=0.5 / math.sqrt(self.cfg.n_embd), generator=generator)

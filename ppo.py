@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import prepare
 from memory import OffloadedAdamW, token_logprobs
-from model import (GPT, GPTConfig, Run, Scorer, batch_at, check_common, encode_demonstration, generate, generate_many,
+from model import (GPT, Run, Scorer, batch_at, check_common, encode_demonstration, generate, generate_many,
                    is_good, load_model, make_model, masked_mean, memory_gb, negative_log_likelihood, pad, parse_flags,
                    pick_device, require, rng)
 
@@ -429,7 +429,6 @@ def main(cfg):
                 run.save(done, models[0], actor=optimizers[0], critic=optimizers[1], kl_coef=kl_coef)
                 run.stop_if_interrupted()
 
-    clock = time.time()
     summary = evaluate(models, val[:cfg.eval_prompts], tokenizer, cfg) if val else {}
     return run.finish(cfg.steps, **summary, seconds=time.time() - run.clock)
 

@@ -145,7 +145,9 @@ def number_skills():
                                      if len(set(w) & set(x)) >= 2], a=x[0], b=x[1], c=x[2])
                for x in permutations(digits[:5], 3)], 2.0),
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
-                       "what follows {a}", "Please tell me the number that comes after {a}.", "What is one more than {a}?", "Which number follows {a}?", "number after {a}", "I count and I am at {a}. What comes now?"],
+                       "what follows {a}", "Please tell me the number that comes after {a}.",
+                       "What is one more than {a}?", "Which number follows {a}?", "number after {a}",
+                       "I count and I am at {a}. What comes now?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
               [case(n + 1, near(n + 1), a=n) for n in range(1, 13)], 1.4),
     ]
@@ -158,7 +160,8 @@ def word_skills():
     return [
         Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.", "How long is the word {word}?",
                           "how many letters are in {word}", "Please count the letters of {word}.",
-                          "Can you tell me how many letters {word} has?", "{word} has how many letters?", "number of letters in {word}"],
+                          "Can you tell me how many letters {word} has?", "{word} has how many letters?",
+                          "number of letters in {word}"],
               ["The word {word} has {answer} letters", "It has {answer} letters", "I count {answer} letters"],
               [case(len(w), [n for n in range(2, 8)], word=w) for w in WORDS]),
         Skill("spelling", ["Spell {word}.", "How do you spell {word}?", "Can you spell the word {word}?", "spell {word} for me",
@@ -166,11 +169,15 @@ def word_skills():
               ["It is spelled {answer}", "The word {word} is spelled {answer}", "That is {answer}"],
               [case(spelled[w], misspelled(w), word=w) for w in WORDS]),
         Skill("opposite", ["What is the opposite of {word}?", "Give me the opposite of {word}.", "opposite of {word}",
-                           "Which word means the opposite of {word}?", "Please name the opposite of {word}.", "{word} has which opposite?", "Tell me the opposite of {word}.", "what is not {word} but the opposite"],
+                           "Which word means the opposite of {word}?",
+                           "Please name the opposite of {word}.", "{word} has which opposite?",
+                           "Tell me the opposite of {word}.", "what is not {word} but the opposite"],
               ["The opposite of {word} is {answer}", "The opposite is {answer}", "That would be {answer}"],
               table(OPPOSITES, "word")),
         Skill("plural", ["What is the plural of {word}?", "One {word}, two what?", "plural of {word}",
-                         "Give me the plural of {word}.", "How do you say {word} when there are many?", "Please name the plural of {word}.", "many times {word} is what?", "I have one {word}. You have two what?"],
+                         "Give me the plural of {word}.", "How do you say {word} when there are many?",
+                         "Please name the plural of {word}.", "many times {word} is what?",
+                         "I have one {word}. You have two what?"],
               ["The plural of {word} is {answer}", "The plural is {answer}", "One {word}, two {answer}"],
               table(PLURALS, "word")),
     ]
@@ -179,30 +186,41 @@ def word_skills():
 def fact_skills():
     return [
         Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.", "capital of {country}",
-                          "Which city is the capital of {country}?", "Do you know the capital of {country}?", "Tell me the capital of {country}.", "{country} has which capital?", "Please name the capital city of {country}."],
+                          "Which city is the capital of {country}?",
+                          "Do you know the capital of {country}?", "Tell me the capital of {country}.",
+                          "{country} has which capital?", "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
         Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
-                         "Tell me the colour of {thing}.", "Do you know what colour {thing} is?", "Please name the colour of {thing}.", "how is {thing} coloured", "{thing} has which colour?"],
+                         "Tell me the colour of {thing}.", "Do you know what colour {thing} is?",
+                         "Please name the colour of {thing}.", "how is {thing} coloured", "{thing} has which colour?"],
               ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
               table(COLOURS, "thing")),
         Skill("sound", ["What does a {animal} say?", "Which sound does a {animal} make?", "sound of a {animal}",
-                        "How does a {animal} sound?", "Tell me what a {animal} says.", "what do you hear from a {animal}", "Please make the sound of a {animal}."],
+                        "How does a {animal} sound?", "Tell me what a {animal} says.",
+                        "what do you hear from a {animal}", "Please make the sound of a {animal}."],
               ["A {animal} says {answer}", "It says {answer}", "The sound is {answer}"],
               table(SOUNDS, "animal")),
         Skill("day", ["Which day comes {side} {day}?", "What is the day {side} {day}?", "day {side} {day}",
-                      "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?", "Please name the day {side} {day}.", "what day comes {side} {day}", "Which day do we have {side} {day}?"],
+                      "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?",
+                      "Please name the day {side} {day}.", "what day comes {side} {day}",
+                      "Which day do we have {side} {day}?"],
               ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"], neighbours(DAYS, "day"), 1.4),
         Skill("month", ["Which month comes after {month}?", "What is the month after {month}?", "month after {month}",
-                        "Tell me the month after {month}.", "Do you know which month follows {month}?", "It is {month}. Which month comes now?", "what month follows {month}", "Please name the month after {month}."],
+                        "Tell me the month after {month}.", "Do you know which month follows {month}?",
+                        "It is {month}. Which month comes now?", "what month follows {month}",
+                        "Please name the month after {month}."],
               ["The month after {month} is {answer}", "It is {answer}", "That is {answer}"],
               [c for c in neighbours(MONTHS, "month") if c["side"] == "after"]),
         Skill("kind", ["What kind of thing is {thing}?", "What is {thing}?", "kind of thing: {thing}",
-                       "Tell me what {thing} is.", "Do you know what {thing} is?", "Please explain what {thing} is.", "what do we call {thing}", "Say what kind of thing {thing} is."],
+                       "Tell me what {thing} is.", "Do you know what {thing} is?",
+                       "Please explain what {thing} is.", "what do we call {thing}",
+                       "Say what kind of thing {thing} is."],
               ["It is {answer}", "That is {answer}", "I would call it {answer}"],
               [case(kind, KINDS, thing=a(thing)) for kind, things in KINDS.items() for thing in things.split()]),
         Skill("flight", ["Can a {animal} fly?", "Does a {animal} fly?", "fly or not: a {animal}", "Tell me if a {animal} can fly.",
-                         "Yes or no: a {animal} can fly.", "is a {animal} able to fly", "Please tell me: can a {animal} fly?", "Would a {animal} fly away?"],
+                         "Yes or no: a {animal} can fly.", "is a {animal} able to fly",
+                         "Please tell me: can a {animal} fly?", "Would a {animal} fly away?"],
               ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
               [case(answer, ("yes", "no"), animal=animal) for answer, animals in FLIERS.items() for animal in animals.split()]),
     ]
@@ -364,7 +382,8 @@ def prompt(rng, skills, held_out, skill=None):
     messages = []
     if rng.random() < TWO_TURNS:
         s, ask, case = draw(rng, skills, held_out)
-        messages = [{"role": "user", "content": framed(rng, s, ask.format(**case))}, {"role": "assistant", "content": good(rng, s, case)}]
+        messages = [{"role": "user", "content": framed(rng, s, ask.format(**case))},
+                    {"role": "assistant", "content": good(rng, s, case)}]
     skill, ask, case = draw(rng, skills, held_out, skill)
     return messages + [{"role": "user", "content": framed(rng, skill, ask.format(**case))}], skill, case
 
