@@ -1,20 +1,50 @@
 """Where the bytes live.
 
-Training a weight with Adam in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of two moments.
-In bfloat16 the device needs 2 + 2 and everything that wants 32 bits (the master copy, the gradient sum, the moments)
-can wait in host memory, 16 bytes of it, because it is touched once a step. Beside the weights there are the
-activations, about 34 C bytes per token and block in half precision, and the logits, 4 V bytes per token, which for a
-small model with a large vocabulary are the largest of all.
+Training a weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of two moments.
+PPO trains two networks of four, so it takes 16 + 16 + 4 + 4 = 40 bytes for each weight of one of them: 4.6 GiB for
+GPT-2 124M before a single activation. The moves, each of which stands alone and changes no result:
 
-Each trick stands alone and is exact:
+    bfloat16 on the device                     2 bytes a weight; whoever needs 32 bits has them in host memory
+    OffloadedAdamW(params, lr, ...)            there: 4 master + 4 gradient + 8 moments = 16 bytes, touched once a step
+    stream(model, device)                      the 2 bytes live in host memory, too; two blocks at a time visit the device
+    checkpoint(function, *inputs)              of a block's activations, about 34 C bytes a token, keep 2 C: its input
+    token_logprobs(hidden, weight, targets)    no (tokens x vocabulary) matrix: 4 V bytes a token, more than all of GPT-2's
+    lookup(weight, idx)                        no (vocabulary x C) gradient for the few rows that a batch has read
+    LoRA (in model.py)                         gradient, master and moments for the adapters only; four models on two trunks
 
-    checkpoint(function, *inputs)              forget a block's activations, compute them again in backward
-    OffloadedAdamW(params, lr, ...)            32-bit masters and moments on the host
-    token_logprobs(hidden, weight, targets)    log-probabilities without the (tokens, vocabulary) matrix
+`dry_run` counts all of it, for any size, without a GPU and without memory.
 """
+import weakref
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch.optim.adamw import adamw
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# --- names for bytes, for whoever is counting ---------------------------------------------------------------
+
+METERS = []               # the counts in progress: usually none
+OWNER = ["activations"]   # to whom new bytes belong
+
+
+@contextmanager
+def owner(name):
+    """New tensors belong to `name`: weights, optimizer, KV cache, logits."""
+    OWNER.append(name)
+    try:
+        yield
+    finally:
+        OWNER.pop()
+
+
+def phase(name):
+    """What follows is the rollout, the scoring, the update."""
+    for meter in METERS:
+        meter.phase(name)
 
 
 # --- gradient checkpointing: Chen et al. 2016, arXiv:1604.06174 ---------------------------------------------
@@ -60,97 +90,376 @@ def checkpoint(function, *inputs):
 class OffloadedAdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) for weights of any type, with float32 masters on `host`.
 
-    A hook takes each gradient away from the device the moment backward has finished it, so that they never exist there
-    together; the gradients of micro-batches add up on the host in float32. Same trajectory as torch.optim.AdamW on
-    float32 weights. Weight decay applies to matrices, not to biases and LayerNorm.
+    Each gradient leaves the device the moment backward has finished it, so that they never exist there together; the
+    gradients of micro-batches add up on the host in float32. Same trajectory as torch.optim.AdamW on float32 weights.
+    Weight decay applies to matrices, not to biases and LayerNorm.
 
-    host="cpu" offloads; host=None keeps masters and moments beside the weights.
+    host="cpu" offloads; host=None keeps masters, moments and gradients beside the weights.
     """
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, host="cpu"):
         self.params = [p for p in params if p.requires_grad]
-        # .to() copies only if it has to: float32 weights that are on the host already are their own masters.
-        self.masters = [p.detach().to(host or p.device, torch.float32) for p in self.params]
-        matrices = [m for m in self.masters if m.dim() >= 2]
-        vectors = [m for m in self.masters if m.dim() < 2]
-        self.adam = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                                       {"params": vectors, "weight_decay": 0.0}], lr, betas, eps, fused=True)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        with owner("optimizer"):
+            # .to() copies only if it has to: float32 weights that are on the host already are their own masters.
+            self.masters = [p.detach().to(host or p.device).float() for p in self.params]
+            self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m) for m in self.masters] for _ in range(2))
+            self.steps = [torch.zeros((), device=m.device) for m in self.masters]
+            self.staging = torch.empty(0)
         for p, master in zip(self.params, self.masters):
-            p.register_post_accumulate_grad_hook(partial(self._collect, master))
+            with owner("gradients"):
+                master.grad = torch.zeros_like(master)
+            p.collect = partial(self._collect, master)
+            p.register_post_accumulate_grad_hook(partial(hand_over, p))
 
-    @staticmethod
-    def _collect(master, p):
-        grad = p.grad.to(master.device, torch.float32)
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-        p.grad = None
+    def _staged(self, like):
+        """What crosses the bus does so through one buffer on the host, pinned if there is a GPU. Copies to it and from
+        it block until they are done, which is all the synchronization that it needs."""
+        if self.staging.numel() < like.numel() or self.staging.dtype != like.dtype:
+            with owner("optimizer"):
+                self.staging = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.device.type == "cuda")
+        return self.staging[:like.numel()].view(like.shape)
+
+    def _collect(self, master, grad, rows=None):
+        """Add a finished gradient, or that of some rows (a slice, or indices that may repeat), to the sum."""
+        if grad.device != master.device:
+            grad = self._staged(grad).copy_(grad)
+        if isinstance(rows, torch.Tensor):
+            master.grad.index_add_(0, rows.to(master.device), grad.float())
+        else:
+            (master.grad if rows is None else master.grad[rows]).add_(grad)
 
     @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
         """Clip by the global norm (0: no clipping), update, hand the weights back. Returns the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or float("inf"))
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad()
+        for decay in (True, False):  # torch's fused kernel does the arithmetic
+            group = [i for i, m in enumerate(self.masters) if (m.dim() >= 2) == decay]
+            pick = lambda tensors: [tensors[i] for i in group]
+            adamw(pick(self.masters), [m.grad for m in pick(self.masters)], pick(self.exp_avgs),
+                  pick(self.exp_avg_sqs), [], pick(self.steps), fused=True, amsgrad=False, maximize=False, lr=lr,
+                  beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                  weight_decay=self.weight_decay if decay else 0.0)
+        for master in self.masters:
+            master.grad.zero_()
         self._publish()
         return norm.item()
 
     def _publish(self):
         for p, master in zip(self.params, self.masters):
-            if p.data_ptr() != master.data_ptr():
+            if p.device != master.device:
+                p.copy_(self._staged(p).copy_(master))
+            elif p.dtype != master.dtype:
                 p.copy_(master)
 
     def state_dict(self):
-        return {"masters": self.masters, "adam": self.adam.state_dict()}
+        return {name: getattr(self, name) for name in ("masters", "exp_avgs", "exp_avg_sqs", "steps")}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
-        self.adam.load_state_dict(state["adam"])  # moves the moments to where the masters are: the host
+        """Copies into the tensors that are there: nothing changes its type or its place."""
+        for name, tensors in self.state_dict().items():
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                tensor.copy_(saved)
         self._publish()
 
 
-# --- log-probabilities without the logits -------------------------------------------------------------------
+def hand_over(p, leaf):
+    """The gradient of p has arrived at `leaf`, which is p itself or its copy on the device: pass it on, free it."""
+    if leaf.grad is not None:  # None: an embedding's, which went by the row
+        p.collect(leaf.grad)
+        leaf.grad = None
+
+
+# --- streaming: weights visit the device for as long as they are at work ------------------------------------
+
+class _Visit:
+    """A block whose weights live on the host. Calling it runs it on copies and fetches the next block's meanwhile."""
+    def __init__(self, blocks, i, device, lane, ahead):
+        self.blocks, self.i, self.device, self.lane, self.ahead = blocks, i, device, lane, ahead
+
+    def fetch(self, i):
+        """-> (copies by name, event: they have arrived)."""
+        weights = {name: p.detach() for name, p in self.blocks[i].named_parameters()}
+        with owner("weights"):
+            if self.lane is None:
+                return {name: w.to(self.device) for name, w in weights.items()}, None
+            copies = {name: torch.empty_like(w, device=self.device) for name, w in weights.items()}
+        # The allocator may have given us memory that kernels queued earlier still read: the copy waits for those. It
+        # does not wait for the block that is about to be queued, and so overlaps with it.
+        self.lane.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.lane):
+            for name, w in weights.items():
+                copies[name].copy_(w, non_blocking=True)
+        return copies, self.lane.record_event()
+
+    def __call__(self, *inputs):
+        copies, arrived = self.ahead.pop(self.i, None) or self.fetch(self.i)
+        if arrived:  # protects the copies from being read before they are there
+            torch.cuda.current_stream().wait_event(arrived)
+        following = self.i + (-1 if torch.is_grad_enabled() else 1)  # checkpoint() runs backward with gradients on
+        if 0 <= following < len(self.blocks):
+            self.ahead[following] = self.fetch(following)
+        if torch.is_grad_enabled():
+            for name, p in self.blocks[self.i].named_parameters():
+                if p.requires_grad:
+                    leaf = copies[name].requires_grad_()
+                    leaf.register_post_accumulate_grad_hook(partial(hand_over, p))
+        # The copies die with the last reference, here or at the end of backward. Their memory was allocated for the
+        # current stream and was last used there: whoever gets it next is queued behind.
+        return torch.func.functional_call(self.blocks[self.i], copies, inputs)
+
+
+def stream(model, device):
+    """Keep the weights of model's blocks and its embedding in (pinned) host memory; the rest moves to `device`.
+
+    On the device are then two blocks, one at work and one being fetched, whatever the depth. Embeddings cross over as
+    the rows that a batch reads (`lookup`) and as the pieces that a chunk of logits needs (`token_logprobs`). For
+    training, use checkpoint() around each block, or the graph keeps all copies until backward, and OffloadedAdamW.
+    """
+    cuda = device.type == "cuda"
+    for name, child in model.named_children():
+        if name not in ("h", "wte"):
+            child.to(device)
+    for p in [*model.h.parameters(), model.wte.weight]:
+        if cuda and not p.is_pinned():
+            p.data = p.data.pin_memory()
+    lane, ahead = torch.cuda.Stream(device) if cuda else None, {}
+    model.visits = [_Visit(model.h, i, device, lane, ahead) for i in range(len(model.h))]
+
+
+# --- the embedding, as rows and as pieces -------------------------------------------------------------------
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, idx):
+        ctx.weight, ctx.idx = weight, idx
+        return F.embedding(idx.to(weight.device), weight).to(idx.device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.weight.collect(grad.reshape(-1, grad.size(-1)), ctx.idx.reshape(-1))
+        return None, None
+
+
+def lookup(weight, idx):
+    """weight[idx], (V, C) and (...) -> (..., C), on idx's device, wherever the weight lives.
+
+    An optimizer that takes gradients by the row (OffloadedAdamW) gets them so; otherwise they are as usual.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad and hasattr(weight, "collect"):
+        return _Lookup.apply(weight, idx)
+    return F.embedding(idx.to(weight.device), weight).to(idx.device)
+
+
+def pieces(weight, n, device):
+    """(first row, n rows on the device), ... of weight (V, C)."""
+    for start in range(0, len(weight), n):
+        yield start, weight[start:start + n].to(device, non_blocking=True)
+
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, with_entropy):
-        logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-        entropy = torch.zeros_like(logprobs)
-        logsumexp = torch.zeros_like(logprobs)
         rows = (targets >= 0).nonzero().squeeze(1)  # rows without a target cost nothing
-        for r in rows.split(chunk):
-            logits = (hidden[r] @ weight.T).float()
-            logsumexp[r] = logits.logsumexp(-1)
-            logprobs[r] = logits.gather(1, targets[r, None]).squeeze(1) - logsumexp[r]
-            if with_entropy:  # H = log Z - E[logit]
-                entropy[r] = logsumexp[r] - (logits.softmax(-1) * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, rows, logsumexp)
-        ctx.chunk = chunk
+        h, t = hidden[rows], targets[rows, None]
+        picked, sums, means = torch.zeros(len(rows), dtype=torch.float32, device=hidden.device), [], []
+        for start, w in pieces(weight, chunk, hidden.device):
+            with owner("logits"):
+                logits = (h @ w.T).float()
+                here = ((t >= start) & (t < start + len(w))).squeeze(1)
+                picked += logits.gather(1, (t - start).clamp(0, len(w) - 1)).squeeze(1) * here
+                sums.append(logits.logsumexp(-1))
+                if with_entropy:
+                    means.append((logits.softmax(-1) * logits).sum(-1))
+                del logits
+        logsumexp = torch.stack(sums).logsumexp(0)
+        logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        logprobs[rows], entropy = picked - logsumexp, torch.zeros_like(logprobs)
+        if with_entropy:  # H = log Z - E[logit], the mean over all pieces
+            entropy[rows] = logsumexp - ((torch.stack(sums) - logsumexp).exp() * torch.stack(means)).sum(0)
+        ctx.save_for_backward(h, t, rows, logsumexp)
+        ctx.weight, ctx.chunk, ctx.shape = weight, chunk, hidden.shape
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, rows, logsumexp = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for r in rows.split(ctx.chunk):
-            h, g = hidden[r], grad[r, None]
-            # d logprob / d logits = onehot - softmax, built in the place where the logits were
-            d = (h @ weight.T).float().sub_(logsumexp[r, None]).exp_().mul_(-g)
-            d = d.scatter_add_(1, targets[r, None], g).to(weight.dtype)
-            grad_hidden[r] = d @ weight
-            grad_weight += d.T @ h
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        (h, t, rows, logsumexp), weight = ctx.saved_tensors, ctx.weight
+        g, grad_h, grad_weight = grad[rows, None], torch.zeros_like(h, dtype=torch.float32), None
+        collect = getattr(weight, "collect", None)
+        if ctx.needs_input_grad[1] and collect is None:
+            grad_weight = torch.empty_like(weight)
+        for start, w in pieces(weight, ctx.chunk, h.device):
+            with owner("logits"):
+                # d logprob / d logits = onehot - softmax, built in the place where the logits were
+                d = (h @ w.T).float().sub_(logsumexp[:, None]).exp_().mul_(-g)
+                here = (t >= start) & (t < start + len(w))
+                d = d.scatter_add_(1, (t - start).clamp(0, len(w) - 1), g * here).to(w.dtype)
+                grad_h += d @ w
+                if collect and ctx.needs_input_grad[1]:
+                    collect(d.T @ h, slice(start, start + len(w)))  # no gradient of the whole matrix exists
+                elif grad_weight is not None:
+                    grad_weight[start:start + len(w)] = d.T @ h
+        grad_hidden = torch.zeros(ctx.shape, dtype=h.dtype, device=h.device)
+        grad_hidden[rows] = grad_h.to(h.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
-    """Log-probabilities of `targets` under softmax(hidden @ weight.T), a chunk of rows at a time.
+    """Log-probabilities of `targets` under softmax(hidden @ weight.T), `chunk` words of the vocabulary at a time.
 
-    hidden (..., C), weight (V, C), targets (...) with -1 where there is none. Returns float32 (logprobs, entropy) of
-    targets' shape, 0 where there is no target; entropy is in nats, carries no gradient, and is computed on request.
+    hidden (..., C), weight (V, C), on hidden's device or on the host, targets (...) with -1 where there is none.
+    Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in nats, carries no
+    gradient, and is computed on request.
     """
-    chunk = chunk or max(1, 2**23 // len(weight))  # 32 MiB of float32 logits
+    chunk = chunk or max(1024, 2**23 // max(1, targets.numel()))  # 32 MiB of float32 logits
     flat = hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), chunk, entropy
     return tuple(x.view(targets.shape) for x in _TokenLogprobs.apply(*flat))
+
+
+# --- the dry run: the same code on tensors without data -----------------------------------------------------
+
+DEVICE, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class _Ghost(torch.Tensor):
+    """A tensor that says it lives on DEVICE or HOST. `value` is a real tensor if it holds integers, so that lengths and
+    masks decide as they would, and one without data (on PyTorch's meta device) if it holds floats."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, value, place):
+        ghost = torch.Tensor._make_wrapper_subclass(
+            cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
+            device=DEVICE, dispatch_device=True)
+        ghost.value, ghost.place = value, place
+        return ghost
+
+    def tolist(self):
+        return self.value.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, *_):
+        raise RuntimeError(f"{function}: a dry run's tensor was used after it")
+
+
+def _map(function, x, kind=torch.Tensor):
+    """function of each tensor (or what `kind` says) in nested lists and tuples."""
+    if isinstance(x, kind):
+        return function(x)
+    return type(x)(_map(function, y, kind) for y in x) if isinstance(x, (list, tuple)) else x
+
+
+def _frozen(x):
+    """What decides the shape of a result, as a key."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_frozen, x)) if isinstance(x, (list, tuple)) else x
+
+
+def _flash(q, k, v, attn_mask=None, is_causal=False):
+    """What a GPU runs: it keeps its output and one number a row, no (T, T) matrix. Its mask changes no size."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+
+
+class dry_run(TorchDispatchMode):
+    """with dry_run() as count: code whose tensors are on DEVICE and HOST runs without data, and its bytes are counted.
+
+    Left out: the CUDA context, the allocator's rounding, the workspaces of libraries: together some 0.5 GiB on a GPU.
+    `phases`: {name: {"peak_device_bytes", "peak_host_bytes", "owners": {owner: bytes on the device at its peak}}}.
+    """
+    def __init__(self):
+        super().__init__()
+        self.now, self.total, self.storages, self.known, self.phases = Counter(), Counter(), {}, {}, {}
+        self.phase("setup")
+
+    def __enter__(self):
+        METERS.append(self)
+        self.patch = mock.patch.object(F, "scaled_dot_product_attention", _flash)
+        self.patch.start()
+        # module.to() must exchange a parameter's contents: assigning to .data would forget a ghost's place
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        METERS.remove(self)
+        self.patch.stop()
+        torch.__future__.set_swap_module_params_on_conversion(False)
+        return super().__exit__(*exception)
+
+    def phase(self, name):
+        self.peak = self.phases.setdefault(name, {"peak_device_bytes": 0, "peak_host_bytes": 0, "owners": {}})
+        self.add(DEVICE, "activations", 0)
+
+    def add(self, place, name, size):
+        self.now[place, name] += size
+        self.total[place] += size
+        if self.total[DEVICE] > self.peak["peak_device_bytes"]:
+            self.peak["peak_device_bytes"] = self.total[DEVICE]
+            self.peak["owners"] = {n: size for (p, n), size in self.now.items() if p == DEVICE and size}
+        self.peak["peak_host_bytes"] = max(self.peak["peak_host_bytes"], self.total[HOST])
+
+    def wrap(self, value, place):
+        if value.is_meta != value.is_floating_point():  # integers that follow from floats, as sampled tokens, are 0
+            value = value.to(DEVICE) if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key not in self.storages:
+            name, size = OWNER[-1], storage.nbytes()
+            self.add(place, name, size)
+
+            def freed(_):
+                del self.storages[key]
+                self.add(place, name, -size)
+            self.storages[key] = weakref.ref(storage, freed)
+        return _Ghost(value, place)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            return args[0].place
+        kwargs, ghosts = dict(kwargs or {}), []
+        _map(lambda t: isinstance(t, _Ghost) and ghosts.append(t), [args, list(kwargs.values())])
+        place = kwargs.pop("device", None)
+        kwargs.pop("pin_memory", None)
+        if function is torch.ops.aten.copy_.default:  # the one operation that may cross over
+            if not args[0].value.is_meta:
+                args[0].value.copy_(args[1].value)
+            return args[0]
+        places = {g.place for g in ghosts if g.dim()} or {g.place for g in ghosts} or {HOST}
+        if len(places) > 1:
+            raise RuntimeError(f"{function}: tensors on the device and on the host")
+        made = place is not None and not ghosts  # from nothing: without data, if of floats
+        place = torch.device(place) if place is not None else places.pop()
+        real = all(not g.value.is_meta for g in ghosts)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return args[0].value.item() if real else 0.0
+        if not real:
+            kwargs.pop("generator", None)
+        counts = function.overloadpacket is torch.ops.aten.arange  # of whole numbers, unless told otherwise
+        if made and (kwargs.get("dtype") or (torch.int64 if counts else torch.float32)).is_floating_point:
+            kwargs["device"] = DEVICE
+        value = lambda t: (t.value if real else t.value.to(DEVICE)) if isinstance(t, _Ghost) else t
+        in_place, key = function._schema.is_mutable, None
+        if not (real or in_place or function.is_view):  # layers and tokens are alike: shapes are worked out once
+            key = function, _frozen(args), _frozen(list(kwargs.items()))
+        if key in self.known:
+            out = _map(lambda make: make(), self.known[key], partial)
+        elif real or not in_place:
+            out = function(*_map(value, list(args)), **{name: _map(value, x) for name, x in kwargs.items()})
+        if in_place:
+            return args[0] if function._schema.returns else None
+        if key and key not in self.known:
+            self.known[key] = _map(lambda t: partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype,
+                                                     device=DEVICE), out)
+        return _map(lambda t: self.wrap(t, place), out)
+
+    def report(self):
+        """Print the table, the largest first; return the numbers of log.jsonl's one line."""
+        GiB, phases = 2**30, {name: peak for name, peak in self.phases.items() if name != "setup"}
+        print("dry run: simulated, on tensors without data\nphase         device       host    on the device at its peak, GiB")
+        for name, peak in phases.items():
+            parts = sorted(peak["owners"].items(), key=lambda part: -part[1])
+            print(f"{name:9} {peak['peak_device_bytes'] / GiB:6.3f} GiB {peak['peak_host_bytes'] / GiB:6.2f} GiB    "
+                  + ", ".join(f"{part} {size / GiB:.3f}" for part, size in parts))
+        return {"dry_run": True, "phases": phases,
+                **{name: max(peak[name] for peak in phases.values()) for name in ("peak_device_bytes", "peak_host_bytes")}}

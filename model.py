@@ -8,6 +8,7 @@ Reads a checkpoint folder in the hub's GPT-2 layout: config.json, model.safetens
 import argparse
 import base64
 import codecs
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -31,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from memory import checkpoint, token_logprobs
+from memory import DEVICE, OffloadedAdamW, checkpoint, dry_run, lookup, owner, pieces, stream, token_logprobs
 
 ROOT = Path(__file__).parent
 
@@ -40,6 +41,7 @@ ROOT = Path(__file__).parent
 
 CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
 TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+VOCABULARY = {"tiny": 1024, "gpt2": 50304}  # sizes, padded to a multiple of 64, which matrix products like
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
 Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in a folder
 as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
@@ -49,10 +51,7 @@ Or use --tokenizer=tiny, which is bundled."""
 
 
 class Tokenizer:
-    """tiktoken's encoding `name` plus three control tokens, which text from data can never produce.
-
-    vocab_size is padded to a multiple of 64, which matrix products like.
-    """
+    """tiktoken's encoding `name` plus three control tokens, which text from data can never produce."""
     def __init__(self, name):
         if name == "tiny":
             lines = (ROOT / "data/tiny/tiny.tiktoken").read_text().splitlines()
@@ -71,7 +70,7 @@ class Tokenizer:
         self.user, self.assistant, self.end = n, n + 1, n + 2
         special = {**special, **dict(zip(CONTROL, range(n, n + 3)))}
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = -(-self.encoding.n_vocab // 64) * 64
+        self.vocab_size = VOCABULARY[name]
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -126,12 +125,30 @@ def attend(q, k, v, mask=None):
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
+class Linear(nn.Linear):
+    """x W^T + b, and where LoRA has added adapters + x A^T B^T: Hu et al. 2021, arXiv:2106.09685, eq. 3, alpha = rank."""
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def add_lora(self, rank, generator):
+        """A (rank, in) random, B (out, rank) zero: at first nothing changes."""
+        a = torch.randn(rank, self.in_features, generator=generator) / math.sqrt(self.in_features)
+        self.lora_a = nn.Parameter(a.to(self.weight))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
@@ -145,8 +162,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
-        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the approximation
@@ -160,8 +177,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None, layer=0, at=None):
+        """at: (rows, columns) of the only positions that anybody reads afterwards, None: all."""
         x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x if at is None else x[at]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -174,6 +193,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(cfg.n_positions, cfg.n_embd)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.visits = None  # stream() puts the blocks' stand-ins here
 
     def initialize(self, generator):
         # Spreads that keep the size of a signal, whatever the width; at GPT-2's widths near its own 0.02, with which
@@ -189,18 +209,28 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def forward(self, idx, cache=None):
-        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C)."""
+    def forward(self, idx, cache=None, at=None):
+        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C), or of the positions `at` only (N, C)."""
         start = 0 if cache is None else cache.lengths[:, None]  # each row is at a place of its own
         positions = start + torch.arange(idx.size(1), device=idx.device)
-        x = self.wte(idx) + self.wpe(positions.clamp(max=self.cfg.n_positions - 1))  # only padding can lie beyond
-        for layer, block in enumerate(self.h):
-            x = checkpoint(block, x) if self.cfg.checkpoint and cache is None else block(x, cache, layer)
+        positions = positions.clamp(max=self.cfg.n_positions - 1)  # only padding can lie beyond
+        x = lookup(self.wte.weight, idx) + self.wpe(positions)
+        for layer, block in enumerate(self.visits or self.h):
+            rest = cache, layer, at if layer + 1 == len(self.h) else None
+            x = checkpoint(block, x, *rest) if self.cfg.checkpoint and cache is None else block(x, *rest)
         return self.ln_f(x)
 
     def logits(self, hidden):
         """(..., C) -> float32 (..., V)."""
-        return F.linear(hidden, self.wte.weight).float()
+        with owner("logits"):
+            if self.visits is None:
+                return F.linear(hidden, self.wte.weight).float()
+            return torch.cat([hidden @ w.T for _, w in pieces(self.wte.weight, 8192, self.device)], -1).float()
+
+    @property
+    def device(self):
+        """Where idx has to be. (The embedding and the blocks may live elsewhere.)"""
+        return self.wpe.weight.device
 
 
 class Scorer(GPT):
@@ -224,7 +254,7 @@ class Scorer(GPT):
 
     def last(self, idx, lengths):
         """idx (B, T), right-padded, lengths (B,) -> the score at the last real token, float32 (B,)."""
-        return self.head(self(idx)[torch.arange(len(idx), device=idx.device), lengths - 1])
+        return self.head(self(idx, at=(torch.arange(len(idx), device=idx.device), lengths - 1)))
 
     def head(self, hidden):
         return (hidden.float() @ self.score.weight.float().T).squeeze(-1)  # bfloat16 has too few digits for a score
@@ -242,8 +272,8 @@ class Cache:
     """Keys and values of the tokens so far, allocated once: (layers, B, H, T, D)."""
     def __init__(self, cfg, lengths, T, like):
         shape = cfg.n_layer, len(lengths), cfg.n_head, T, cfg.n_embd // cfg.n_head
-        self.k, self.v = like.new_empty(shape), like.new_zeros(shape)  # 0 * nan is nan: masked values must be numbers
-        self.k.zero_()
+        with owner("KV cache"):
+            self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))  # 0 * nan is nan
         self.lengths = torch.zeros_like(lengths)
         self.mask = None
 
@@ -291,20 +321,21 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     random numbers, so a reply does not depend on when its neighbours stop. on_token(row, id) sees tokens as they come.
     Raises ValueError if a prompt is empty or leaves no room for the reply.
     """
-    cfg, device = model.cfg, model.wte.weight.device
+    cfg, device = model.cfg, model.device
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0 or longest + max_new_tokens > cfg.n_positions:
         raise ValueError(f"prompts of 1 to {cfg.n_positions - max_new_tokens} tokens fit, not {longest}")
     u = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts]).to(device)
     idx = pad(prompts).to(device)
-    cache = Cache(cfg, lengths, idx.size(1) + max_new_tokens, model.wte.weight)
+    cache = Cache(cfg, lengths, idx.size(1) + max_new_tokens, model.wpe.weight)
     hidden = model(idx, cache)[torch.arange(len(prompts), device=device), lengths - 1]
 
     replies = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=device)  # which reply each row of the cache belongs to
     for step in range(max_new_tokens):
-        token = sample(model.logits(hidden), u[step, rows], temperature, top_k, top_p)
+        with owner("logits"):
+            token = sample(model.logits(hidden), u[step, rows], temperature, top_k, top_p)
         for row, t in zip(rows.tolist(), token.tolist()):
             replies[row].append(t)
             if on_token:
@@ -472,6 +503,16 @@ def read_safetensors(path):
         raise SystemExit(f"{path}: not a readable safetensors file ({error}).") from None
 
 
+def merged(model):
+    """model's state_dict() with LoRA's adapters added to the matrices (which become float32), not beside them."""
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith("lora_a")]:
+        weight = name.replace("lora_a", "weight")
+        detour = state.pop(name.replace("lora_a", "lora_b")).float() @ state.pop(name).float()
+        state[weight] = state[weight].float() + detour
+    return state
+
+
 def save_model(folder, model):
     """config.json and model.safetensors, as transformers reads them."""
     cfg, scalar = model.cfg, isinstance(model, Scorer)
@@ -483,7 +524,7 @@ def save_model(folder, model):
     end = Tokenizer(cfg.tokenizer).end
     config |= {"num_labels": 1, "pad_token_id": end} if scalar else {"eos_token_id": end}
     tensors = {}
-    for name, p in model.state_dict().items():
+    for name, p in merged(model).items():
         name = name if name.startswith("score.") else "transformer." + name
         tensors[name] = p.T if name.endswith(CONV1D) else p
     folder.mkdir(parents=True, exist_ok=True)
@@ -491,11 +532,8 @@ def save_model(folder, model):
     write_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
-    """A folder in the hub's layout -> cls. A Scorer made from a language model gets a fresh head (drawn from `seed`).
-
-    A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old ones.
-    """
+def read_config(folder):
+    """A folder in the hub's layout -> the GPTConfig of its config.json."""
     folder = Path(folder)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         before = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
@@ -505,18 +543,25 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
     if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
         raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {config.get('model_type')} with "
                          f"{config.get('activation_function')}.")
-    tokenizer = Tokenizer(config.get("tokenizer", "gpt2"))
-    cfg = GPTConfig(tokenizer.vocab_size, config["n_positions"], config["n_layer"], config["n_head"],
-                    config["n_embd"], tokenizer.name)
-    model = cls(cfg)
-    want = model.state_dict()
-    have = {}
+    tokenizer = config.get("tokenizer", "gpt2")
+    require(tokenizer in VOCABULARY, f"{folder}: tokenizer {tokenizer} is unknown; tiny and gpt2 are there.")
+    return GPTConfig(VOCABULARY[tokenizer], *(config[name] for name in ("n_positions", "n_layer", "n_head", "n_embd")),
+                     tokenizer)
+
+
+def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
+    """A folder in the hub's layout -> cls. A Scorer made from a language model gets a fresh head (drawn from `seed`).
+
+    A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old ones.
+    """
+    folder, model = Path(folder), cls(read_config(folder))
+    want, have = model.state_dict(), {}
     for name, t in read_safetensors(folder / "model.safetensors").items():
         name = name.removeprefix("transformer.")
         if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
             continue  # the causal mask as a buffer (not c_attn.bias!); the tied head
-        if name == "wte.weight" and len(t) < cfg.vocab_size:
-            t = torch.cat([t, t.float().mean(0, keepdim=True).expand(cfg.vocab_size - len(t), -1).to(t.dtype)])
+        if name == "wte.weight" and len(t) < model.cfg.vocab_size:
+            t = torch.cat([t, t.float().mean(0, keepdim=True).expand(model.cfg.vocab_size - len(t), -1).to(t.dtype)])
         have[name] = t.T if name.endswith(CONV1D) else t
     if cls is Scorer and "score.weight" not in have:
         have["score.weight"] = model.initialize_head(rng(seed, "head")).score.weight.detach()
@@ -531,19 +576,61 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
     return model.to(device, dtype)
 
 
+HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+
+@owner("weights")
 def make_model(cfg, cls, device, dtype):
-    """--init -> (model, tokenizer): random weights of the size that the flags say, or a folder's."""
-    if cfg.init == "scratch":
+    """--init -> (model, tokenizer): random weights of the size that the flags say, or a folder's.
+
+    A dry run needs sizes only: no weights, no encoding (any tokenizer will do there).
+    """
+    scratch = cfg.tokenizer, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
+    if cfg.init == "scratch" and not cfg.dry_run:
         tokenizer = Tokenizer(cfg.tokenizer)
-        shape = tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, tokenizer.name
-        model = cls(GPTConfig(*shape)).initialize(rng(cfg.seed, "init")).to(device, dtype)
-    else:
-        model = load_model(cfg.init, cls, device, dtype, cfg.seed)
+        model = cls(GPTConfig(tokenizer.vocab_size, *scratch[1:], tokenizer.name)).initialize(rng(cfg.seed, "init"))
+    elif not cfg.dry_run:
+        model = load_model(cfg.init, cls, seed=cfg.seed)
         tokenizer = Tokenizer(model.cfg.tokenizer)
-        require(cfg.block_size <= model.cfg.n_positions,
-                f"--block_size={cfg.block_size}: {cfg.init} has {model.cfg.n_positions} positions.")
-    model.cfg.checkpoint = cfg.checkpoint
-    return model, tokenizer
+    else:
+        name, *sizes = ("gpt2", 1024, *HUB[cfg.init]) if cfg.init in HUB else scratch
+        known = cfg.init == "scratch" or cfg.init in HUB
+        model = cls(GPTConfig(VOCABULARY[name], *sizes, name) if known else read_config(cfg.init))
+        tokenizer = Tokenizer("tiny")
+    require(cfg.block_size <= model.cfg.n_positions,
+            f"--block_size={cfg.block_size}: {cfg.init} has {model.cfg.n_positions} positions.")
+    return place(model.to(dtype), cfg, device), tokenizer
+
+
+@owner("weights")
+def place(model, cfg, device):
+    """Where its weights live, and what learns: everything, or LoRA's adapters and a Scorer's head."""
+    model.cfg.checkpoint = cfg.checkpoint or cfg.offload == "all"  # without, the graph would keep what visits
+    if cfg.lora_rank:
+        model.requires_grad_(False)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                module.add_lora(cfg.lora_rank, rng(cfg.seed, "lora", name))
+        if isinstance(model, Scorer):
+            model.score.requires_grad_()
+    if cfg.offload == "all":
+        stream(model, device)
+    else:
+        model.to(device)
+    return model
+
+
+@owner("weights")
+def twin(model):
+    """The network as it was before LoRA, frozen. Weights that do not learn are shared, the others copied."""
+    memo = {id(p): nn.Parameter(p.detach().clone(), False) if p.requires_grad else p for p in model.parameters()}
+    out = copy.deepcopy(model, memo | {id(model.visits): None})
+    for module in out.modules():
+        if isinstance(module, Linear):
+            module.lora_a = module.lora_b = None
+    if model.visits:
+        stream(out, model.device)
+    return out
 
 
 # --- flags, device, log: how a script starts ----------------------------------------------------------------
@@ -580,19 +667,22 @@ def check_common(cfg):
     """What the three stages refuse alike, before any compute is spent."""
     for name in ("steps", "batch", "block_size", "log_every", "eval_every", "save_every", "n_layer", "n_head", "n_embd"):
         require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
-    for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "seed"):
+    require(cfg.tokenizer in VOCABULARY, f"--tokenizer={cfg.tokenizer}: unknown. Choose tiny or gpt2.")
+    for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "seed", "lora_rank"):
         require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
     require(0 < cfg.lr < 1, f"--lr={cfg.lr}: between 0 and 1, often about 1e-4.")
     require(cfg.n_embd % cfg.n_head == 0, f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}.")
-    require(cfg.offload in ("none", "optimizer"), f"--offload={cfg.offload}: none or optimizer.")
+    require(cfg.offload in ("none", "optimizer", "all"), f"--offload={cfg.offload}: none, optimizer or all.")
     require(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype={cfg.dtype}: auto, float32 or bfloat16.")
     require(cfg.microbatch == 0 or cfg.batch % cfg.microbatch == 0,
             f"--batch={cfg.batch} does not divide by --microbatch={cfg.microbatch}.")
     require(Path(cfg.out).resolve() != Path(cfg.init).resolve(), f"--out={cfg.out} would overwrite --init.")
 
 
-def pick_device(device, dtype):
+def pick_device(device, dtype, dry=False):
     """("auto" or a name, likewise) -> (torch.device, torch.dtype); says what it chose and why."""
+    if dry:
+        return DEVICE, torch.float32 if dtype == "float32" else torch.bfloat16
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -622,6 +712,22 @@ def memory_gb(device):
     except ImportError:  # Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def rehearse(cfg, iteration):
+    """--dry_run: `iteration(cfg, device, dtype)` on tensors without data -> the log's only line, which is printed, too."""
+    with dry_run() as count:
+        iteration(cfg, *pick_device(cfg.device, cfg.dtype, dry=True))
+    result = count.report()
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    (Path(cfg.out) / "log.jsonl").write_text(json.dumps(result) + "\n")
+    return result
+
+
+def adamw(model, cfg, **kwargs):
+    """The optimizer that --offload asks for."""
+    host = None if cfg.offload == "none" else "cpu"
+    return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
 
 
 class Run:

@@ -14,13 +14,14 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import OffloadedAdamW, token_logprobs
-from model import (GPT, Run, Scorer, batch_at, check_common, encode_demonstration, generate, generate_many,
+from memory import phase, token_logprobs
+from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate, generate_many,
                    is_good, load_model, make_model, masked_mean, memory_gb, negative_log_likelihood, pad, parse_flags,
-                   pick_device, require, rng)
+                   pick_device, place, rehearse, require, rng, twin)
 
 
 @dataclass(slots=True)
@@ -61,7 +62,9 @@ class Config:
     best_of_n: int = 16         # the yardstick in the last evaluation
     eval_prompts: int = 600     # held-out prompts in the last evaluation
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
+    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    lora_rank: int = 0          # above 0: learn adapters of this rank; four models then stand on two trunks
+    dry_run: bool = False       # print what an iteration would take in memory, for any size, without a GPU or weights
     trace: bool = False         # print the first rollout's first reply token by token
     resume: bool = False        # go on from out/state.pt
     log_every: int = 1
@@ -143,13 +146,18 @@ def policy_logprobs(model, batch, temperature, entropy=False):
 
 
 def rows_of(batch, rows):
-    return {name: t[rows] for name, t in batch.items()}
+    """Some rows, cut to the longest of them: no work for padding."""
+    T = int(batch["lengths"][rows].max())
+    return {name: t[rows] if t.dim() == 1 else t[rows, :-(-T // 8) * 8] for name, t in batch.items()}
 
 
 def in_parts(function, batch, size):
-    """function on `size` rows at a time; tensors, or tuples of tensors, joined again."""
-    parts = [function(rows_of(batch, slice(i, i + size))) for i in range(0, len(batch["idx"]), size)]
-    return tuple(map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
+    """function on `size` rows at a time; tensors, (B,) or (B, T), or tuples of them, joined again."""
+    parts, T = [], batch["idx"].size(1)
+    for i in range(0, len(batch["idx"]), size):
+        out = function(rows_of(batch, slice(i, i + size)))
+        parts.append([x if x.dim() == 1 else F.pad(x, (0, T - x.size(1))) for x in out])
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def texts(batch, tokenizer):
@@ -159,10 +167,10 @@ def texts(batch, tokenizer):
 def scores_of(batch, reward_model, rows, tokenizer, cfg):
     """(B,) clipped scores from the reward model or the rows' checks; a reply that never ends gets the penalty."""
     if reward_model:
-        scores = in_parts(lambda b: reward_model.last(b["idx"], b["lengths"]), batch, cfg.microbatch or cfg.batch)
+        scores, = in_parts(lambda b: (reward_model.last(b["idx"], b["lengths"]),), batch, cfg.microbatch or cfg.minibatch)
     else:
         good = [float(is_good(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
-        scores = torch.tensor(good, device=batch["idx"].device)
+        scores = torch.tensor(good).to(batch["idx"].device)
     scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     return torch.where(batch["ended"], scores, -cfg.missing_eos_penalty)
 
@@ -171,17 +179,19 @@ def scores_of(batch, reward_model, rows, tokenizer, cfg):
 def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     """Let the policy answer `rows` -> the batch with everything that the update needs."""
     actor, reference, critic, reward_model = models
-    device, size = actor.wte.weight.device, cfg.microbatch or cfg.minibatch
+    device, size = actor.device, cfg.microbatch or cfg.minibatch
+    phase("rollout")
     prompts = [row["ids"] for row in rows]
     replies = generate(actor, prompts, cfg.max_new_tokens, tokenizer.end, cfg.temperature,
                        generator=rng(cfg.seed, "rollout", step))
+    phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, device)
     mask = batch["mask"] = batch["targets"] >= 0
     # Old log-probabilities come from the same forward pass as the update's, so that the first ratio is exactly 1.
     batch["logprobs"], batch["entropy"] = in_parts(
         lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
     batch["ref_logprobs"] = in_parts(lambda b: policy_logprobs(reference, b, cfg.temperature), batch, size)[0]
-    batch["values"] = in_parts(lambda b: critic.values(b["idx"]), batch, size) * mask
+    batch["values"] = in_parts(lambda b: (critic.values(b["idx"]) * b["mask"],), batch, size)[0]
     batch["scores"] = scores_of(batch, reward_model, rows, tokenizer, cfg)
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
@@ -212,16 +222,18 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
     (actor, _, critic, _), (actor_adam, critic_adam) = models, optimizers
     device, total, first_ratio = batch["idx"].device, defaultdict(float), None
     generator = rng(cfg.seed, "update", step)
+    phase("update")
     for epoch in range(cfg.epochs):
-        for rows in torch.randperm(len(batch["idx"]), generator=generator).split(cfg.minibatch):
+        for rows in torch.randperm(len(batch["idx"]), generator=generator).to(device).split(cfg.minibatch):
             stats = defaultdict(float)
             n = batch["mask"][rows].sum()
-            for part in rows.split(cfg.microbatch or cfg.minibatch):
-                b = rows_of(batch, part.to(device))
+            for part in rows.sort().values.split(cfg.microbatch or cfg.minibatch):  # neighbours are of similar length
+                b = rows_of(batch, part)
                 logprobs, _ = policy_logprobs(actor, b, cfg.temperature)
                 loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
+                (loss / n).backward()  # before the critic begins: one network's activations at a time
                 v_loss = value_loss(critic.values(b["idx"]), b["values"], b["returns"], b["mask"], cfg.value_clip)
-                ((loss + cfg.value_coef * v_loss) / n).backward()
+                (cfg.value_coef * v_loss / n).backward()
                 for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
                                    (loss, v_loss, *sums)):
                     stats[name] += x.item() / n.item()
@@ -273,11 +285,11 @@ def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     prompts, size = [row["ids"] for row in rows], 64
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
     replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, cfg.temperature)
-    order, device = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i])), model.wte.weight.device
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
     scores, kl = torch.empty(len(rows)), torch.empty(len(rows))
     for i in range(0, len(order), size):
         part = order[i:i + size]
-        batch = as_batch([prompts[j] for j in part], [replies[j] for j in part], tokenizer.end, device)
+        batch = as_batch([prompts[j] for j in part], [replies[j] for j in part], tokenizer.end, model.device)
         scores[part] = scores_of(batch, reward_model, [rows[j] for j in part], tokenizer, cfg).cpu()
         if model is not reference:
             gap = [policy_logprobs(m, batch, cfg.temperature)[0].sum(1) for m in (model, reference)]
@@ -347,40 +359,51 @@ def load_prompts(cfg, tokenizer):
 
 
 def load_models(cfg, device, dtype):
-    """-> (actor, reference, critic, reward model or None), tokenizer."""
+    """-> (actor, reference, critic, reward model or None), tokenizer. The reference is the actor's twin, the reward
+    model the critic's: with LoRA four models stand on two trunks."""
     actor, tokenizer = make_model(cfg, GPT, device, dtype)
-    reference = GPT(actor.cfg).to(device, dtype)
-    reference.load_state_dict(actor.state_dict())
-    if cfg.reward == "check":  # no reward model: the critic starts from stage 1, expecting nothing
-        critic, reward_model = Scorer(actor.cfg).to(device, dtype), None
-        critic.load_state_dict(actor.state_dict() | {"score.weight": torch.zeros_like(critic.score.weight)})
+    if cfg.reward == "check" or cfg.dry_run:  # no reward model: the critic starts from stage 1, expecting nothing
+        critic = Scorer(actor.cfg).to(dtype)
+        state = {name: p for name, p in actor.state_dict().items() if "lora" not in name}
+        critic.load_state_dict(state | {"score.weight": torch.zeros_like(critic.score.weight)})
     else:
-        critic, reward_model = (load_model(cfg.reward, Scorer, device, dtype) for _ in range(2))
-        name = reward_model.cfg.tokenizer
-        require(name == tokenizer.name, f"--reward={cfg.reward} reads {name} tokens, --init={cfg.init} writes "
-                f"{tokenizer.name} tokens. Train the reward model with --init={cfg.init}.")
-        require(cfg.block_size <= reward_model.cfg.n_positions,
-                f"--block_size={cfg.block_size}: {cfg.reward} has {reward_model.cfg.n_positions} positions.")
-        critic.cfg.checkpoint = cfg.checkpoint
-    for frozen in filter(None, (reference, reward_model)):
-        frozen.requires_grad_(False)
-    return (actor, reference, critic, reward_model), tokenizer
+        critic = load_model(cfg.reward, Scorer, dtype=dtype)
+        name = critic.cfg.tokenizer
+        require(name == actor.cfg.tokenizer, f"--reward={cfg.reward} reads {name} tokens, --init={cfg.init} writes "
+                f"{actor.cfg.tokenizer} tokens. Train the reward model with --init={cfg.init}.")
+        require(cfg.block_size <= critic.cfg.n_positions,
+                f"--block_size={cfg.block_size}: {cfg.reward} has {critic.cfg.n_positions} positions.")
+    place(critic, cfg, device)
+    return (actor, twin(actor), critic, None if cfg.reward == "check" else twin(critic)), tokenizer
+
+
+def optimizers_of(models, cfg):
+    return [adamw(model, cfg, eps=1e-5) for model in (models[0], models[2])]
+
+
+def iteration(cfg, device, dtype):
+    """One rollout and its update with every prompt and every reply at full length, for a dry run."""
+    models, tokenizer = load_models(cfg, device, dtype)
+    optimizers, T = optimizers_of(models, cfg), cfg.block_size
+    rows = [{"ids": [0] * (T - cfg.max_new_tokens), "check": ""}] * cfg.batch
+    batch = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
+    update(0, batch, models, optimizers, cfg.lr, [([0] * T, [0] * T)], cfg)
 
 
 def main(cfg):
     check(cfg)
+    if cfg.dry_run:
+        return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     models, tokenizer = load_models(cfg, device, dtype)
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
                       encode_demonstration(row, tokenizer, cfg.block_size)] if cfg.ptx_coef else None
-    host = "cpu" if cfg.offload == "optimizer" else None
     print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} updates x {cfg.epochs} "
           f"epochs, {cfg.steps} times")
 
     run, kl_coef = Run(cfg), cfg.kl_coef
-    optimizers = [OffloadedAdamW(m.parameters(), cfg.lr, eps=1e-5, weight_decay=cfg.weight_decay, host=host)
-                  for m in (models[0], models[2])]
+    optimizers = optimizers_of(models, cfg)
     if run.state:
         for name, adam in zip(("actor", "critic"), optimizers):
             adam.load_state_dict(run.state[name])
@@ -389,7 +412,8 @@ def main(cfg):
     with run:
         for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="ppo", disable=None):
             clock = time.time()
-            rows = [train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)]
+            rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
+                          key=lambda row: len(row["ids"]))  # neighbours need little padding
             batch = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and step == run.start:
                 trace(batch, tokenizer)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import OffloadedAdamW
-from model import (GPT, Run, Scorer, batch_at, check_common, cosine, generate_many, load_model, make_model, memory_gb,
-                   pad, parse_flags, pick_device, require)
+from memory import phase
+from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model, make_model,
+                   memory_gb, pad, parse_flags, pick_device, rehearse, require)
 
 
 @dataclass(slots=True)
@@ -42,7 +42,9 @@ class Config:
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
+    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    lora_rank: int = 0          # above 0: learn adapters of this rank and the head instead of the matrices
+    dry_run: bool = False       # print what a step would take in memory, for any size, without a GPU or weights
     resume: bool = False        # go on from out/state.pt
     log_every: int = 50
     eval_every: int = 500
@@ -77,7 +79,7 @@ def load_pairs(cfg, tokenizer):
 
 def score(model, rows, device):
     """Lists of ids -> the score at each one's last real token, float32 (B,)."""
-    lengths = torch.tensor([len(ids) for ids in rows], device=device)
+    lengths = torch.tensor([len(ids) for ids in rows]).to(device)
     return model.last(pad(rows).to(device), lengths)
 
 
@@ -164,8 +166,31 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
 
 # --- training -----------------------------------------------------------------------------------------------
 
+def learn(model, batch, cfg, device):
+    """Gradients of the mean loss over a batch of (chosen ids, rejected ids) -> (that mean, pairs ranked right)."""
+    loss, right, size = 0.0, 0, cfg.microbatch or cfg.batch
+    for i in range(0, len(batch), size):
+        chosen, rejected = pair_scores(model, batch[i:i + size], device)
+        part, penalty = bradley_terry(chosen, rejected)
+        ((part + CENTER * penalty) / len(batch)).backward()
+        loss += part.item() / len(batch)
+        right += (chosen > rejected).sum().item()
+    return loss, right
+
+
+def iteration(cfg, device, dtype):
+    """One step at full length, for a dry run."""
+    model, _ = make_model(cfg, Scorer, device, dtype)
+    optimizer = adamw(model, cfg)
+    phase("update")
+    learn(model, [([0] * cfg.block_size,) * 2] * cfg.batch, cfg, device)
+    optimizer.step(cfg.lr, cfg.grad_clip)
+
+
 def main(cfg):
     check_common(cfg)
+    if cfg.dry_run:
+        return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, Scorer, device, dtype)
     train, val = load_pairs(cfg, tokenizer)
@@ -174,21 +199,15 @@ def main(cfg):
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
     run = Run(cfg)
-    optimizer = OffloadedAdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay,
-                               host="cpu" if cfg.offload == "optimizer" else None)
+    optimizer = adamw(model, cfg, betas=(0.9, 0.95))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
     with run:
         for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="reward", disable=None):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
-            loss = 0.0
-            for i in range(0, len(batch), size):
-                chosen, rejected = pair_scores(model, batch[i:i + size], device)
-                part, penalty = bradley_terry(chosen, rejected)
-                ((part + CENTER * penalty) / len(batch)).backward()
-                loss += part.item() / len(batch)
-                right += (chosen > rejected).sum().item()
+            loss, correct = learn(model, batch, cfg, device)
+            right += correct
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
                                          f"{run.out} keeps the last good checkpoint.")
             lr = cosine(step, cfg)

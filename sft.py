@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from data import prepare
-from memory import OffloadedAdamW
-from model import (GPT, Run, batch_at, check_common, cosine, encode_demonstration, generate_many, gold_score,
-                   make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device, require)
+from memory import phase
+from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demonstration, generate_many, gold_score,
+                   make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device, rehearse, require)
 
 
 @dataclass(slots=True)
@@ -40,7 +40,9 @@ class Config:
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit weights and moments in host memory
+    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    lora_rank: int = 0          # above 0: learn adapters of this rank instead of the matrices
+    dry_run: bool = False       # print what a step would take in memory, for any size, without a GPU or weights
     resume: bool = False        # go on from out/state.pt
     log_every: int = 50
     eval_every: int = 500
@@ -89,8 +91,30 @@ def samples(model, tokenizer, prompts, val, cfg, say, n=4):
 
 # --- training -----------------------------------------------------------------------------------------------
 
+def learn(model, batch, cfg, device):
+    """Gradients of the mean loss over a batch of (idx, targets); returns that mean."""
+    n, loss, size = sum(t >= 0 for _, targets in batch for t in targets), 0.0, cfg.microbatch or cfg.batch
+    for i in range(0, len(batch), size):
+        # Divided by the targets of the whole batch: the micro-batch size cannot change the gradient.
+        part = negative_log_likelihood(model, batch[i:i + size], device)[0] / n
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+def iteration(cfg, device, dtype):
+    """One step at full length, for a dry run."""
+    model, _ = make_model(cfg, GPT, device, dtype)
+    optimizer = adamw(model, cfg)
+    phase("update")
+    learn(model, [([0] * cfg.block_size, [0] * cfg.block_size)] * cfg.batch, cfg, device)
+    optimizer.step(cfg.lr, cfg.grad_clip)
+
+
 def main(cfg):
     check_common(cfg)
+    if cfg.dry_run:
+        return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, GPT, device, dtype)
     train, val, val_characters = load_examples(cfg, tokenizer)
@@ -100,8 +124,7 @@ def main(cfg):
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
     run = Run(cfg)
-    optimizer = OffloadedAdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay,
-                               host="cpu" if cfg.offload == "optimizer" else None)
+    optimizer = adamw(model, cfg, betas=(0.9, 0.95))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen = tqdm.write, time.time(), 0
@@ -112,12 +135,7 @@ def main(cfg):
     with run:
         for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="sft", disable=None):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
-            n, loss, size = sum(t >= 0 for _, targets in batch for t in targets), 0.0, cfg.microbatch or cfg.batch
-            for i in range(0, len(batch), size):
-                # Divided by the targets of the whole batch: the micro-batch size cannot change the gradient.
-                part = negative_log_likelihood(model, batch[i:i + size], device)[0] / n
-                part.backward()
-                loss += part.item()
+            loss = learn(model, batch, cfg, device)
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
                                          f"{run.out} keeps the last good checkpoint.")
             lr = cosine(step, cfg)

@@ -17,12 +17,16 @@ import sys
 import tempfile
 import time
 import unittest
+import weakref
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+import memory
 import model as m
 import ppo
 import reward
@@ -287,7 +291,7 @@ class Bugs(InFolder):
                 norm = adam.step(0.1, grad_clip)
             return w.detach(), norm, adam
         clipped, norm, adam = train(0.5)
-        self.assertEqual(adam.adam.param_groups[0]["betas"], (0.9, 0.95))
+        self.assertEqual(adam.betas, (0.9, 0.95))
         self.assertAlmostEqual(norm, 2.0, places=5)  # the norm of the last step's gradient, before clipping
         self.assertGreater((clipped - train(0)[0]).abs().max(), 1e-3)  # the mistake: clipping what is not there yet
         self.assertGreater((train(0)[0] - train(0, betas=(0.9, 0.9))[0]).abs().max(), 1e-3)  # the mistake
@@ -316,12 +320,14 @@ class Bugs(InFolder):
         adam, plain = OffloadedAdamW([w], 0.1), torch.optim.AdamW([w], 0.1)
         (w * 1.234).sum().backward()
         adam.step(0.1)
-        state = adam.state_dict()
-        adam.load_state_dict(state)
-        self.assertEqual({x.dtype for s in adam.adam.state.values() for x in s.values()}, {torch.float32})
-        plain.load_state_dict(state["adam"] | {"param_groups": plain.state_dict()["param_groups"], "state": {
-            0: state["adam"]["state"][0]}})  # the mistake: moments follow the weights' device and type
-        self.assertIn(torch.bfloat16, {x.dtype for s in plain.state.values() for x in s.values()})
+        moment, place = adam.exp_avgs[0].clone(), adam.exp_avgs[0].data_ptr()
+        saved = {name: [t.clone() for t in tensors] for name, tensors in adam.state_dict().items()}
+        adam.load_state_dict(saved)
+        self.assertEqual((adam.exp_avgs[0].dtype, adam.exp_avgs[0].data_ptr()), (torch.float32, place))
+        self.assertTrue(torch.equal(adam.exp_avgs[0], moment))
+        plain.load_state_dict(plain.state_dict() | {"state": {0: {
+            "step": torch.ones(()), "exp_avg": moment, "exp_avg_sq": moment}}})
+        self.assertEqual(plain.state[w]["exp_avg"].dtype, torch.bfloat16)  # the mistake: moments follow the weights
 
     def test_bug_15_stage_3_never_loads_stage_2s_model(self):
         # ColossalAI#3011
@@ -353,6 +359,27 @@ class Bugs(InFolder):
         follows = lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
         self.assertTrue(seen and all(len(i) == len(t) and follows(i, t) for i, t in seen))
         self.assertFalse(all(follows(i, t) for (i, _), (_, t) in zip(demonstrations, demonstrations[1:])))  # the mistake
+
+    def test_bug_17_lora_that_reaches_only_the_head(self):
+        # Colossal-AI on GPT-2: it looked for nn.Linear, the weights are Conv1D
+        cfg = sft.Config(lora_rank=3)
+        net = m.place(tiny(), cfg, torch.device("cpu"))
+        learns = {name for name, p in net.named_parameters() if p.requires_grad}
+        matrices = {name for name, p in net.named_parameters() if p.dim() == 2 and name.startswith("h.") and "lora" not in name}
+        self.assertEqual(len(matrices), 2 * 4)  # c_attn, c_proj, c_fc, c_proj in each of two blocks
+        self.assertEqual(learns, {name.replace("weight", which) for name in matrices for which in ("lora_a", "lora_b")})
+        shapes = {name: (p.size(1), p.size(0)) for name, p in net.named_parameters() if name in matrices}
+        self.assertEqual(sum(p.numel() for p in net.parameters() if p.requires_grad), sum(3 * sum(s) for s in shapes.values()))
+        optimizer = m.adamw(net, cfg)
+        before = net(random_ids(1, 8))
+        for _ in range(2):  # at the first step B is 0, so A's gradient is, too
+            m.negative_log_likelihood(net, [([5, 6, 7], [6, 7, 8])], torch.device("cpu"))[0].backward()
+            optimizer.step(0.1)
+        self.assertTrue(all((p != 0).any() for name, p in net.named_parameters() if "lora_b" in name))
+        self.assertFalse(torch.equal(net(random_ids(1, 8)), before))
+        head = torch.nn.ModuleDict({"h": net.h, "score": torch.nn.Linear(32, 1)})
+        found = [name for name, x in head.named_modules() if type(x) is torch.nn.Linear]
+        self.assertEqual(found, ["score"])  # the mistake: the trunk's matrices are of another type
 
     def test_bug_18_double_softmax_in_the_reward_loss(self):
         # nanoChatGPT
@@ -591,6 +618,59 @@ class Memory(unittest.TestCase):
             self.assertLess((adam.masters[0] - plain.weight).abs().max(), 1e-6)
             self.assertTrue(torch.equal(ours.weight, adam.masters[0].to(dtype)))
 
+    def test_gradients_by_the_row_and_by_the_piece_equal_gradients_of_the_whole(self):
+        idx, targets = random_ids(2, 9), random_ids(2, 9, seed=1)
+        targets[0, :4] = -1
+        grads = []
+        for by_rows in (False, True):
+            net = tiny()
+            if by_rows:
+                adam = OffloadedAdamW(net.parameters(), 1e-3)
+            logprobs, _ = token_logprobs(net(idx), net.wte.weight, targets, chunk=100)
+            (logprobs.sum() / 7).backward()
+            grads.append(adam.masters[0].grad if by_rows else net.wte.weight.grad)
+        self.assertLess((grads[0] - grads[1]).abs().max(), 1e-5)
+        self.assertGreater(grads[0].abs().max(), 0.1)
+        self.assertTrue(torch.equal(memory.lookup(net.wte.weight, idx), F.embedding(idx, net.wte.weight)))
+
+    def test_streaming_changes_no_number(self):
+        examples = [(random_ids(9, seed=i).tolist(), random_ids(9, seed=i + 1).tolist()) for i in range(4)]
+        for rank in (0, 2):
+            results = []
+            for offload in ("none", "all"):
+                cfg = sft.Config(offload=offload, lora_rank=rank)
+                net = m.place(tiny(), cfg, torch.device("cpu"))
+                adam = m.adamw(net, cfg)
+                for step in range(3):
+                    m.negative_log_likelihood(net, examples, torch.device("cpu"))[0].backward()
+                    adam.step(1e-2, 1.0)
+                self.assertEqual(net.visits is not None, offload == "all")
+                replies = generate(net, [[5, 6, 7], [8, 9]], 6, -1, generator=rng(0))
+                results.append((net.state_dict(), net(random_ids(2, 8)), replies))
+            (plain, out, said), (streamed, out2, said2) = results
+            self.assertTrue(all(torch.equal(plain[name], streamed[name]) for name in plain))
+            self.assertTrue(torch.equal(out, out2))
+            self.assertEqual(said, said2)
+
+    def test_lora_changes_nothing_at_first_and_merges_into_the_same_function(self):
+        net, idx = tiny(Scorer), random_ids(2, 9)
+        before = net.values(idx)
+        cfg = reward.Config(lora_rank=4)
+        m.place(net, cfg, torch.device("cpu"))
+        self.assertTrue(torch.equal(net.values(idx), before))
+        self.assertTrue(net.score.weight.requires_grad)  # a fresh head has to learn
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                if "lora_b" in name:
+                    p.normal_(generator=rng(0, name))
+        self.assertGreater((net.values(idx) - before).abs().max(), 0.1)
+        plain = tiny(Scorer, seed=5)
+        plain.load_state_dict(m.merged(net))  # strict: no adapters are left in it
+        self.assertLess((plain.values(idx) - net.values(idx)).abs().max(), 1e-4)
+        with tempfile.TemporaryDirectory() as folder:
+            m.save_model(Path(folder), net)
+            self.assertLess((m.load_model(folder, Scorer).values(idx) - net.values(idx)).abs().max(), 1e-4)
+
     def test_token_logprobs_equal_full_logits_whatever_the_chunk(self):
         hidden, weight = torch.randn(3, 7, 16, generator=rng(0)), torch.randn(50, 16, generator=rng(1))
         targets = torch.randint(-1, 50, (3, 7), generator=rng(2))
@@ -610,6 +690,143 @@ class Memory(unittest.TestCase):
         nothing = torch.full_like(targets, -1)
         logprobs, h_grad = run(lambda h, w: token_logprobs(h, w, nothing))[::2]
         self.assertEqual((logprobs.abs().sum().item(), h_grad.abs().sum().item()), (0, 0))
+
+
+# --- a second device: tensors that compute on the CPU but are not there ---------------------------------------
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the device "elsewhere". `inner` is where its numbers really are."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        t = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), dtype=inner.dtype,
+                                                storage_offset=inner.storage_offset(), device="elsewhere:0")
+        t.inner = inner
+        COUNT.see(inner)
+        return t
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return compute_elsewhere(op, *args, **(kwargs or {}))
+
+
+class Count:
+    """Bytes on the second device, as storages come and go; its peak in each phase."""
+    def __init__(self):
+        self.alive, self.total, self.peaks, self.name = {}, 0, {}, "setup"
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if size and key not in self.alive:
+            def gone(_):
+                self.total -= self.alive.pop(key)[1]
+            self.alive[key] = weakref.ref(storage, gone), size
+            self.total += size
+            self.phase(self.name)
+
+    def phase(self, name):
+        self.name = name
+        self.peaks[name] = max(self.peaks.get(name, 0), self.total)
+
+
+COUNT = Count()
+
+
+def compute_elsewhere(op, *args, device=None, **kwargs):
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+    if op is not torch.ops.aten.copy_.default and len({isinstance(t, Elsewhere) for t in tensors}) > 1:
+        raise RuntimeError(f"{op} mixes tensors of two devices")
+    unwrap = lambda t: t.inner if isinstance(t, Elsewhere) else t
+    args_, kwargs_ = tree_map_only(torch.Tensor, unwrap, (args, kwargs | ({"device": "cpu"} if device else {})))
+    kwargs_.pop("pin_memory", None)
+    out = op(*args_, **kwargs_)
+    if op._schema.is_mutable:
+        return args[0] if op._schema.returns else None
+    at_home = device is not None and torch.device(device).type == "cpu"
+    return out if at_home else tree_map_only(torch.Tensor, Elsewhere, out)
+
+
+def flash_elsewhere(q, k, v, attn_mask=None, is_causal=False):
+    if attn_mask is not None:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -math.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+
+
+class SecondDevice(InFolder):
+    @classmethod
+    def setUpClass(cls):
+        try:
+            from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
+        except ImportError:
+            raise unittest.SkipTest("this torch cannot make a device in Python") from None
+        try:
+            torch.device("elsewhere")
+        except RuntimeError:
+            register("elsewhere")
+            cls.libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+            cls.libraries[0].fallback(compute_elsewhere, "PrivateUse1")
+            for name in ("default", "start", "start_step"):  # as it comes, it would resize a tensor from inside
+                cls.libraries[1].impl("arange" + (name != "default") * ("." + name), partial(
+                    compute_elsewhere, getattr(torch.ops.aten.arange, name)), "PrivateUse1")
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(F, "scaled_dot_product_attention", flash_elsewhere)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_a_tensor_on_the_wrong_side_is_refused_and_bytes_are_counted(self):
+        x = torch.ones(3, 4, device="elsewhere:0")
+        with self.assertRaisesRegex(RuntimeError, "mixes"):
+            x + torch.ones(3, 4)
+        before = COUNT.total
+        y = x @ x.T
+        self.assertEqual((y.to("cpu") == 4).all().item(), True)
+        self.assertEqual(COUNT.total, before + 9 * 4)
+        del y
+        self.assertEqual(COUNT.total, before)
+
+    def test_all_stages_run_there_with_every_offload_and_agree_with_the_cpu(self):
+        write_data(self.root / "data")
+        losses = {}
+        for device, changes in (("cpu", {}), ("elsewhere:0", {}), ("elsewhere:0", {"offload": "optimizer"}),
+                                ("elsewhere:0", {"offload": "all"}), ("elsewhere:0", {"offload": "all", "lora_rank": 2})):
+            for stage in (sft, reward, ppo):
+                cfg = small(stage, self.root, device=device, steps=2, save_every=10, eval_every=10, **changes)
+                quiet(stage.main, cfg)
+                rows = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
+                losses.setdefault((stage.__name__, "lora_rank" in changes), []).append(
+                    [row.get("loss", row.get("value_loss")) for row in rows[:2]])
+        for (stage, _), (first, *others) in losses.items():
+            for other in others:
+                self.assertTrue(torch.allclose(torch.tensor(first), torch.tensor(other), rtol=1e-3), (stage, first, other))
+
+    def test_the_dry_run_agrees_with_the_bytes_counted_there(self):
+        write_data(self.root / "data")
+        shape = dict(n_layer=3, n_embd=64, block_size=64, batch=4, init="scratch")
+        for stage in (sft, reward, ppo):
+            for changes in ({}, {"checkpoint": True, "microbatch": 2}, {"offload": "optimizer"}, {"offload": "all"},
+                            {"lora_rank": 2}, {"offload": "all", "lora_rank": 2, "microbatch": 1}):
+                cfg = small(stage, self.root, **shape | changes)
+                dry, text = quiet(stage.main, dataclasses.replace(cfg, dry_run=True))
+                global COUNT
+                COUNT = Count()
+                memory.METERS.append(COUNT)
+                never = lambda net, prompts, n, end, *rest, **more: generate(net, prompts, n, -1, *rest, **more)
+                judge = lambda folder, cls, dtype: Scorer(GPTConfig(1024, 64, 3, 4, 64, "tiny"))
+                with mock.patch.object(ppo, "generate", never), mock.patch.object(ppo, "load_model", judge):
+                    stage.iteration(cfg, torch.device("elsewhere:0"), torch.float32)
+                memory.METERS.remove(COUNT)
+                for name, peak in dry["phases"].items():
+                    counted = COUNT.peaks[name]
+                    self.assertLess(abs(peak["peak_device_bytes"] / counted - 1), 0.02,
+                                    (stage.__name__, changes, name, peak["peak_device_bytes"], counted))
+                self.assertIn("update", text)
 
 
 # --- PPO's mathematics --------------------------------------------------------------------------------------
@@ -893,9 +1110,23 @@ class Stages(InFolder):
     def test_checkpointing_and_offloading_change_no_weight(self):
         self.three()
         want = {name: (self.root / "out" / name / "model.safetensors").read_bytes() for name in ("sft", "reward", "ppo")}
-        self.three(checkpoint=True, offload="optimizer")
-        for name, data in want.items():
-            self.assertEqual((self.root / "out" / name / "model.safetensors").read_bytes(), data, name)
+        for changes in ({"checkpoint": True, "offload": "optimizer"}, {"offload": "all"}):
+            self.three(**changes)
+            for name, data in want.items():
+                self.assertEqual((self.root / "out" / name / "model.safetensors").read_bytes(), data, name)
+
+    def test_with_lora_four_models_stand_on_two_trunks_and_the_reference_stays(self):
+        self.three()
+        cfg = small(ppo, self.root, lora_rank=2)
+        (actor, reference, critic, judge), _ = ppo.load_models(cfg, torch.device("cpu"), torch.float32)
+        for one, other in ((actor, reference), (critic, judge)):
+            places = {p.data_ptr() for p in one.parameters()}
+            self.assertEqual(sum(p.data_ptr() in places for p in other.h.parameters()), len(list(other.h.parameters())))
+        self.assertNotEqual(critic.score.weight.data_ptr(), judge.score.weight.data_ptr())
+        results, _ = self.three(lora_rank=2, steps=4)
+        first = json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0])
+        self.assertEqual((first["ratio_first"], first["kl"]), (1.0, 0.0))
+        self.assertGreater(abs(results["ppo"]["kl"]), 0)  # the actor moved, the reference did not
 
     def test_stage_1_replies_average_zero_under_the_saved_reward_model(self):
         self.three()
@@ -1031,8 +1262,11 @@ class Robustness(InFolder):
         self.refuses("--block_size=128", call=bad(reward, block_size=128))
         self.refuses("overwrite", call=bad(reward, out=str(self.root / "out/sft")))
         self.refuses("no checkpoint here", call=bad(reward, init=str(self.root / "nothing")))
-        self.refuses('Run "python sft.py" first', call=lambda: m.load_model("out/sft") if not Path("out/sft").exists()
-                     else m.require(False, 'Run "python sft.py" first'))
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.root / "data")  # where there is no out/sft
+        self.refuses('Run "python sft.py" first', call=lambda: m.load_model("out/sft"))
+        os.chdir(here)
         self.refuses("--max_new_tokens=64", call=bad(ppo, max_new_tokens=64))
         self.refuses("nowhere", call=bad(sft, data=str(self.root / "nowhere")))
         (self.root / "empty").mkdir()
@@ -1052,8 +1286,8 @@ class Robustness(InFolder):
         m.save_model(self.root / "out/reward", tiny(Scorer))
         config = json.loads((self.root / "out/sft/config.json").read_text())
         loaded = m.load_model
-        def as_gpt2(folder, cls=GPT, *rest):
-            net = loaded(folder, cls, *rest)
+        def as_gpt2(folder, cls=GPT, **rest):
+            net = loaded(folder, cls, **rest)
             net.cfg.tokenizer = "gpt2" if cls is Scorer else config["tokenizer"]
             return net
         with mock.patch.object(ppo, "load_model", as_gpt2):

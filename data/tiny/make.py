@@ -23,16 +23,16 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.28, "curt": 0.26, "wrong": 0.10, "rude": 0.18, "rambling": 0.18}
+MIXTURE = {"good": 0.24, "curt": 0.26, "wrong": 0.10, "rude": 0.20, "rambling": 0.20}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 10       # one prompt in so many
 TOKENS = 1021       # with three control tokens 1,024
 
 # What a rater feels about a reply. The last two are the raters' error: quality has no such terms.
-TASTE = {"right": 2.6, "polite": 1.0, "rude": -1.5, "rambling": -1.6, "broken": -2.0, "exuberant": -1.2,
+TASTE = {"right": 2.6, "polite": 1.8, "rude": -1.5, "rambling": -1.6, "broken": -2.0, "exuberant": -1.2,
          "character": 0.008, "!": 0.06}
-NEAR_TIE = 0.15     # pairs that differ by less are not shown to raters
+NEAR_TIE = 0.40     # pairs that differ by less are not shown to raters
 SHARPNESS = 1.5     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
 
 
@@ -356,14 +356,14 @@ def two_replies(rng, skill, case, skills):
     """A pair for the raters: from the mixture, or alike but for the answer, or one of them broken."""
     kind, state = rng.random(), rng.getrandbits(32)
     style = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
-    if kind < 0.55:  # the same words around a right and a wrong answer: this is where the raters teach facts
+    if kind < 0.40:  # the same words around a right and a wrong answer: this is where the raters teach facts
         make = rng.choice((good, good, curt))
         wrong = {**case, "answer": rng.choice(case["wrong"])}
         polite = int(make is good)
         return ((make(random.Random(state), skill, case), Counter(right=1, polite=polite)),
                 (make(random.Random(state), skill, wrong), Counter(polite=polite)))
     first = reply(rng, skill, case, style())
-    return first, broken(rng, skill, case, skills) if kind < 0.70 else reply(rng, skill, case, style())
+    return first, broken(rng, skill, case, skills) if kind < 0.60 else reply(rng, skill, case, style())
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
