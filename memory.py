@@ -1,18 +1,18 @@
 """Where the bytes live.
 
-Training a weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of two moments.
-PPO trains two networks of four, so it takes 16 + 16 + 4 + 4 = 40 bytes for each weight of one of them: 4.6 GiB for
-GPT-2 124M before a single activation. The moves, each of which stands alone and changes no result:
+Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of two
+moments. PPO trains two networks of four, which makes 16 + 16 + 4 + 4 = 40 bytes: for GPT-2 124M 4.6 GiB, before a
+single activation. These moves change no result, and each stands alone:
 
-    bfloat16 on the device                     2 bytes a weight; whoever needs 32 bits has them in host memory
-    OffloadedAdamW(params, lr, ...)            there: 4 master + 4 gradient + 8 moments = 16 bytes, touched once a step
-    stream(model, device)                      the 2 bytes live in host memory, too; two blocks at a time visit the device
-    checkpoint(function, *inputs)              of a block's activations, about 34 C bytes a token, keep 2 C: its input
-    token_logprobs(hidden, weight, targets)    no (tokens x vocabulary) matrix: 4 V bytes a token, more than all of GPT-2's
+    bfloat16                                   2 bytes a weight on the device; who needs 32 bits has them on the host
+    OffloadedAdamW(params, lr, ...)            there: 4 master + 4 gradient + 8 moments = 16, touched once a step
+    stream(model, device)                      the 2 bytes are on the host, too; two blocks at a time visit the device
+    checkpoint(function, *inputs)              of a block's activations, about 34 C bytes a token, keep its input, 2 C
+    token_logprobs(hidden, weight, targets)    no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB for GPT-2
     lookup(weight, idx)                        no (vocabulary x C) gradient for the few rows that a batch has read
-    LoRA (in model.py)                         gradient, master and moments for the adapters only; four models on two trunks
+    LoRA (in model.py)                         16 bytes for adapters only, and four models stand on two trunks
 
-`dry_run` counts all of it, for any size, without a GPU and without memory.
+`dry_run` counts all of it, for any size, without a GPU and without the memory.
 """
 import weakref
 from collections import Counter
@@ -62,7 +62,8 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, *grads):
         tensors, other = iter(ctx.saved_tensors), iter(ctx.other)
         inputs = [next(tensors) if is_tensor else next(other) for is_tensor in ctx.is_tensor]
-        inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
+        inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+                  for x in inputs]
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -72,15 +73,16 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def checkpoint(function, *inputs):
-    """function(*inputs) with the same value and the same gradients, bit for bit, keeping only the inputs for backward.
+    """function(*inputs) with the same value and the same gradients, bit for bit, keeping only the inputs for
+    backward.
 
-    `function` returns a tensor or a tuple of tensors and must be deterministic (this code base has no dropout, so
-    no random state needs to be kept). Costs one more forward pass.
+    `function` returns a tensor or a tuple of tensors and must be deterministic (this code base has no
+    dropout, so no random state needs to be kept). Costs one more forward pass.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    # Backward is only called if some input needs a gradient. A block's parameters hide inside `function`, so behind a
-    # frozen embedding nothing would: the anchor always does.
+    # Backward is only called if some input needs a gradient. A block's parameters hide inside `function`, so
+    # behind a frozen embedding nothing would: the anchor always does.
     anchor = torch.empty(0, requires_grad=True)
     return _Checkpoint.apply(function, anchor, *inputs)
 
@@ -90,9 +92,9 @@ def checkpoint(function, *inputs):
 class OffloadedAdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) for weights of any type, with float32 masters on `host`.
 
-    Each gradient leaves the device the moment backward has finished it, so that they never exist there together; the
-    gradients of micro-batches add up on the host in float32. Same trajectory as torch.optim.AdamW on float32 weights.
-    Weight decay applies to matrices, not to biases and LayerNorm.
+    Each gradient leaves the device the moment backward has finished it, so that they never exist there
+    together; the gradients of micro-batches add up on the host in float32. Same trajectory as
+    torch.optim.AdamW on float32 weights. Weight decay applies to matrices, not to biases and LayerNorm.
 
     host="cpu" offloads; host=None keeps masters, moments and gradients beside the weights.
     """
@@ -100,7 +102,7 @@ class OffloadedAdamW:
         self.params = [p for p in params if p.requires_grad]
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         with owner("optimizer"):
-            # .to() copies only if it has to: float32 weights that are on the host already are their own masters.
+            # .to() copies only if it has to: float32 weights on the host are their own masters.
             self.masters = [p.detach().to(host or p.device).float() for p in self.params]
             self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m) for m in self.masters] for _ in range(2))
             self.steps = [torch.zeros((), device=m.device) for m in self.masters]
@@ -112,11 +114,12 @@ class OffloadedAdamW:
             p.register_post_accumulate_grad_hook(partial(hand_over, p))
 
     def _staged(self, like):
-        """What crosses the bus does so through one buffer on the host, pinned if there is a GPU. Copies to it and from
-        it block until they are done, which is all the synchronization that it needs."""
+        """What crosses the bus does so through one buffer on the host, pinned if there is a GPU. Copies to it
+        and from it block until they are done, which is all the synchronization that it needs."""
         if self.staging.numel() < like.numel() or self.staging.dtype != like.dtype:
             with owner("optimizer"):
-                self.staging = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.device.type == "cuda")
+                pinned = like.device.type == "cuda"
+                self.staging = torch.empty(like.numel(), dtype=like.dtype, pin_memory=pinned)
         return self.staging[:like.numel()].view(like.shape)
 
     def _collect(self, master, grad, rows=None):
@@ -130,14 +133,15 @@ class OffloadedAdamW:
 
     @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
-        """Clip by the global norm (0: no clipping), update, hand the weights back. Returns the norm before clipping."""
+        """Clip by the global norm (0: no clipping), update, hand the weights back. Returns the norm before
+        clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or float("inf"))
         for decay in (True, False):  # torch's fused kernel does the arithmetic
             group = [i for i, m in enumerate(self.masters) if (m.dim() >= 2) == decay]
             pick = lambda tensors: [tensors[i] for i in group]
             adamw(pick(self.masters), [m.grad for m in pick(self.masters)], pick(self.exp_avgs),
-                  pick(self.exp_avg_sqs), [], pick(self.steps), fused=True, amsgrad=False, maximize=False, lr=lr,
-                  beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+                  pick(self.exp_avg_sqs), [], pick(self.steps), fused=True, amsgrad=False, maximize=False,
+                  lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
                   weight_decay=self.weight_decay if decay else 0.0)
         for master in self.masters:
             master.grad.zero_()
@@ -164,7 +168,8 @@ class OffloadedAdamW:
 
 
 def hand_over(p, leaf):
-    """The gradient of p has arrived at `leaf`, which is p itself or its copy on the device: pass it on, free it."""
+    """The gradient of p has arrived at `leaf`, which is p itself or its copy on the device: pass it on, free
+    it."""
     if leaf.grad is not None:  # None: an embedding's, which went by the row
         p.collect(leaf.grad)
         leaf.grad = None
@@ -173,7 +178,8 @@ def hand_over(p, leaf):
 # --- streaming: weights visit the device for as long as they are at work ------------------------------------
 
 class _Visit:
-    """A block whose weights live on the host. Calling it runs it on copies and fetches the next block's meanwhile."""
+    """A block whose weights live on the host. Calling it runs it on copies and fetches the next block's
+    meanwhile."""
     def __init__(self, blocks, i, device, lane, ahead):
         self.blocks, self.i, self.device, self.lane, self.ahead = blocks, i, device, lane, ahead
 
@@ -184,8 +190,8 @@ class _Visit:
             if self.lane is None:
                 return {name: w.to(self.device) for name, w in weights.items()}, None
             copies = {name: torch.empty_like(w, device=self.device) for name, w in weights.items()}
-        # The allocator may have given us memory that kernels queued earlier still read: the copy waits for those. It
-        # does not wait for the block that is about to be queued, and so overlaps with it.
+        # The allocator may have given us memory that kernels queued earlier still read: the copy waits for
+        # those. It does not wait for the block that is about to be queued, and so overlaps with it.
         self.lane.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.lane):
             for name, w in weights.items():
@@ -196,7 +202,8 @@ class _Visit:
         copies, arrived = self.ahead.pop(self.i, None) or self.fetch(self.i)
         if arrived:  # protects the copies from being read before they are there
             torch.cuda.current_stream().wait_event(arrived)
-        following = self.i + (-1 if torch.is_grad_enabled() else 1)  # checkpoint() runs backward with gradients on
+        # Backward comes from the other end: checkpoint() runs blocks again there, with gradients on.
+        following = self.i + (-1 if torch.is_grad_enabled() else 1)
         if 0 <= following < len(self.blocks):
             self.ahead[following] = self.fetch(following)
         if torch.is_grad_enabled():
@@ -204,17 +211,19 @@ class _Visit:
                 if p.requires_grad:
                     leaf = copies[name].requires_grad_()
                     leaf.register_post_accumulate_grad_hook(partial(hand_over, p))
-        # The copies die with the last reference, here or at the end of backward. Their memory was allocated for the
-        # current stream and was last used there: whoever gets it next is queued behind.
+        # The copies die with the last reference, here or at the end of backward. Their memory was allocated
+        # for the current stream and was last used there: whoever gets it next is queued behind.
         return torch.func.functional_call(self.blocks[self.i], copies, inputs)
 
 
 def stream(model, device):
-    """Keep the weights of model's blocks and its embedding in (pinned) host memory; the rest moves to `device`.
+    """Keep the weights of model's blocks and its embedding in (pinned) host memory; the rest moves to
+    `device`.
 
-    On the device are then two blocks, one at work and one being fetched, whatever the depth. Embeddings cross over as
-    the rows that a batch reads (`lookup`) and as the pieces that a chunk of logits needs (`token_logprobs`). For
-    training, use checkpoint() around each block, or the graph keeps all copies until backward, and OffloadedAdamW.
+    On the device are then two blocks, one at work and one being fetched, whatever the depth. Embeddings cross
+    over as the rows that a batch reads (`lookup`) and as the pieces that a chunk of logits needs
+    (`token_logprobs`). For training, use checkpoint() around each block, or the graph keeps all copies until
+    backward, and OffloadedAdamW.
     """
     cuda = device.type == "cuda"
     for name, child in model.named_children():
@@ -306,11 +315,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
-    """Log-probabilities of `targets` under softmax(hidden @ weight.T), `chunk` words of the vocabulary at a time.
+    """Log-probabilities of `targets` under softmax(hidden @ weight.T), `chunk` words of the vocabulary at a
+    time.
 
-    hidden (..., C), weight (V, C), on hidden's device or on the host, targets (...) with -1 where there is none.
-    Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in nats, carries no
-    gradient, and is computed on request.
+    hidden (..., C), weight (V, C), on hidden's device or on the host, targets (...) with -1 where there is
+    none. Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in
+    nats, carries no gradient, and is computed on request.
     """
     chunk = chunk or max(1024, 2**23 // max(1, targets.numel()))  # 32 MiB of float32 logits
     flat = hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), chunk, entropy
@@ -323,15 +333,16 @@ DEVICE, HOST = torch.device("meta"), torch.device("cpu")
 
 
 class _Ghost(torch.Tensor):
-    """A tensor that says it lives on DEVICE or HOST. `value` is a real tensor if it holds integers, so that lengths and
-    masks decide as they would, and one without data (on PyTorch's meta device) if it holds floats."""
+    """A tensor that says it lives on DEVICE or HOST. `value` is a real tensor if it holds integers, so that
+    lengths and masks decide as they would, and one without data (on PyTorch's meta device) if it holds
+    floats."""
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, value, place):
         ghost = torch.Tensor._make_wrapper_subclass(
-            cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
-            device=DEVICE, dispatch_device=True)
+            cls, value.size(), strides=value.stride(), storage_offset=value.storage_offset(),
+            dtype=value.dtype, device=DEVICE, dispatch_device=True)
         ghost.value, ghost.place = value, place
         return ghost
 
@@ -358,15 +369,18 @@ def _frozen(x):
 
 
 def _flash(q, k, v, attn_mask=None, is_causal=False):
-    """What a GPU runs: it keeps its output and one number a row, no (T, T) matrix. Its mask changes no size."""
+    """What a GPU runs: it keeps its output and one number a row, no (T, T) matrix. Its mask changes no
+    size."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
 class dry_run(TorchDispatchMode):
-    """with dry_run() as count: code whose tensors are on DEVICE and HOST runs without data, and its bytes are counted.
+    """with dry_run() as count: code whose tensors are on DEVICE and HOST runs without data, and its bytes are
+    counted.
 
-    Left out: the CUDA context, the allocator's rounding, the workspaces of libraries: together some 0.5 GiB on a GPU.
-    `phases`: {name: {"peak_device_bytes", "peak_host_bytes", "owners": {owner: bytes on the device at its peak}}}.
+    Left out: the CUDA context, the allocator's rounding, the workspaces of libraries: together some 0.5 GiB
+    on a GPU. `phases`: {name: {"peak_device_bytes", "peak_host_bytes", "owners": {owner: bytes on the device
+    at its peak}}}.
     """
     def __init__(self):
         super().__init__()
@@ -400,8 +414,10 @@ class dry_run(TorchDispatchMode):
         self.peak["peak_host_bytes"] = max(self.peak["peak_host_bytes"], self.total[HOST])
 
     def wrap(self, value, place):
-        if value.is_meta != value.is_floating_point():  # integers that follow from floats, as sampled tokens, are 0
-            value = value.to(DEVICE) if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
+        if value.is_floating_point():
+            value = value.to(DEVICE)
+        elif value.is_meta:  # integers that follow from floats, as sampled tokens do, are 0
+            value = torch.zeros(value.shape, dtype=value.dtype)
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self.storages:
@@ -440,7 +456,8 @@ class dry_run(TorchDispatchMode):
             kwargs["device"] = DEVICE
         value = lambda t: (t.value if real else t.value.to(DEVICE)) if isinstance(t, _Ghost) else t
         in_place, key = function._schema.is_mutable, None
-        if not (real or in_place or function.is_view):  # layers and tokens are alike: shapes are worked out once
+        # Layers and tokens are alike: shapes are worked out once.
+        if not (real or in_place or function.is_view):
             key = function, _frozen(args), _frozen(list(kwargs.items()))
         if key in self.known:
             out = _map(lambda make: make(), self.known[key], partial)
@@ -454,12 +471,13 @@ class dry_run(TorchDispatchMode):
         return _map(lambda t: self.wrap(t, place), out)
 
     def report(self):
-        """Print the table, the largest first; return the numbers of log.jsonl's one line."""
-        GiB, phases = 2**30, {name: peak for name, peak in self.phases.items() if name != "setup"}
-        print("dry run: simulated, on tensors without data\nphase         device       host    on the device at its peak, GiB")
+        """Print the table, what takes most first; return the numbers of log.jsonl's one line."""
+        phases = {name: peak for name, peak in self.phases.items() if name != "setup"}
+        print("dry run: simulated, on tensors without data; peaks in GiB\n"
+              "phase       device     host    on the device at its peak")
         for name, peak in phases.items():
             parts = sorted(peak["owners"].items(), key=lambda part: -part[1])
-            print(f"{name:9} {peak['peak_device_bytes'] / GiB:6.3f} GiB {peak['peak_host_bytes'] / GiB:6.2f} GiB    "
-                  + ", ".join(f"{part} {size / GiB:.3f}" for part, size in parts))
-        return {"dry_run": True, "phases": phases,
-                **{name: max(peak[name] for peak in phases.values()) for name in ("peak_device_bytes", "peak_host_bytes")}}
+            print(f"{name:9} {peak['peak_device_bytes'] / 2**30:8.3f} {peak['peak_host_bytes'] / 2**30:8.2f}    "
+                  + ", ".join(f"{part} {size / 2**30:.3f}" for part, size in parts))
+        totals = {key: max(peak[key] for peak in phases.values()) for key in ("peak_device_bytes", "peak_host_bytes")}
+        return {"dry_run": True, **totals, "phases": phases}

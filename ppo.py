@@ -1,12 +1,14 @@
-"""Stage 3, PPO: let the policy speak, score what it says, make what scored well more likely, stay near stage 1.
+"""Stage 3, PPO: let the policy speak, score what it says, make what scored well more likely, stay near stage
+1.
 
     python ppo.py                                   # bundled data; needs out/sft and out/reward
     python ppo.py --reward=check                    # rewards from the prompts' checks, without a reward model
     python ppo.py --trace                           # print one rollout token by token, then train
 
-Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor learns,
-the reference is stage 1 and stays, the critic starts from the reward model and learns, the reward model stays.
-Loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9), the reward of Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor
+learns, the reference is stage 1 and stays, the critic starts from the reward model and learns, the reward
+model stays. Loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9), the reward of Ziegler et al. 2019,
+arXiv:1909.08593, eq. 2.
 """
 import math
 import time
@@ -19,20 +21,20 @@ from tqdm import tqdm
 
 from data import prepare
 from memory import phase, token_logprobs
-from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate, generate_many,
-                   is_good, load_model, make_model, masked_mean, memory_gb, negative_log_likelihood, pad, parse_flags,
-                   pick_device, place, rehearse, require, rng, twin)
+from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate,
+                   generate_many, is_good, load_model, make_model, masked_mean, memory_gb,
+                   negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng, twin)
 
 
 @dataclass(slots=True)
 class Config:
     init: str = "out/sft"       # stage 1's checkpoint folder: where the actor starts, and its reference
-    reward: str = "out/reward"  # stage 2's checkpoint folder; check: 1 for a reply that matches the prompt's check
+    reward: str = "out/reward"  # stage 2's folder; check: 1 for a reply that matches the prompt's check, else 0
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
-    data: str = "data/tiny"     # a folder with prompts.jsonl, or one file in any format that data/prepare.py knows
+    data: str = "data/tiny"     # a folder with prompts.jsonl, or a file in any format of data/prepare.py
     out: str = "out/ppo"
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
@@ -44,7 +46,7 @@ class Config:
     epochs: int = 4
     max_new_tokens: int = 48    # of a reply
     block_size: int = 128       # tokens of prompt and reply together; longer prompts lose their beginning
-    temperature: float = 0.7    # of the policy itself: divides the logits in rollout, reference and update alike
+    temperature: float = 0.5    # of the policy: divides the logits in rollout, reference and update alike
     lr: float = 1e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
@@ -62,9 +64,9 @@ class Config:
     best_of_n: int = 16         # the yardstick in the last evaluation
     eval_prompts: int = 600     # held-out prompts in the last evaluation
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank; four models then stand on two trunks
-    dry_run: bool = False       # print what an iteration would take in memory, for any size, without a GPU or weights
+    dry_run: bool = False       # print what an iteration takes in memory, for any size, without a GPU or weights
     trace: bool = False         # print the first rollout's first reply token by token
     resume: bool = False        # go on from out/state.pt
     log_every: int = 1
@@ -75,7 +77,8 @@ class Config:
 # --- mathematics: positions are those that predict a token of the reply, mask marks them, all (B, T) --------
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Per token minus kl_coef * log(policy / reference); the score (B,) on the position of each reply's last token."""
+    """Per token minus kl_coef * log(policy / reference); the score (B,) on the position of each reply's last
+    token."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
@@ -83,7 +86,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Advantages (B, T), generalized: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Nothing flows past the end."""
+    """Advantages (B, T), generalized: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Nothing flows past the
+    end."""
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(following)
     for t in reversed(range(rewards.size(1))):
@@ -101,7 +105,8 @@ def whiten(x, mask):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """PPO's clipped objective, eq. 7, summed over the mask -> (loss, share clipped, approximate KL old to new, ratio).
+    """PPO's clipped objective, eq. 7, summed over the mask -> (loss, share clipped, approximate KL old to
+    new, ratio).
 
     The last three are summed over the mask as well: the caller divides by the tokens of its whole minibatch.
     """
@@ -115,7 +120,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Squared error, not rewarded for going further than value_clip from the old value, summed over the mask."""
+    """Squared error, not rewarded for going further than value_clip from the old value, summed over the
+    mask."""
     near = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (near - returns) ** 2) * mask).sum()
 
@@ -130,7 +136,8 @@ def k3(logprobs, ref_logprobs):
 def as_batch(prompts, replies, end, device):
     """Lists of ids -> what everything after generation works on, as a dict of tensors:
 
-    idx (B, T), lengths (B,), ended (B,), and targets (B, T): the reply's token that each position predicts, or -1.
+    idx (B, T), lengths (B,), ended (B,), and targets (B, T): the reply's token that each position predicts,
+    or -1.
     """
     idx = pad([p + r for p, r in zip(prompts, replies)])
     targets = pad([[-1] * (len(p) - 1) + r + [-1] for p, r in zip(prompts, replies)], -1)
@@ -142,7 +149,8 @@ def as_batch(prompts, replies, end, device):
 
 def policy_logprobs(model, batch, temperature, entropy=False):
     """(B, T) log-probabilities of the reply's tokens under the distribution that they were sampled from."""
-    return token_logprobs(model(batch["idx"]) / temperature, model.wte.weight, batch["targets"], entropy=entropy)
+    hidden = model(batch["idx"]) / temperature
+    return token_logprobs(hidden, model.wte.weight, batch["targets"], entropy=entropy)
 
 
 def rows_of(batch, rows):
@@ -165,9 +173,11 @@ def texts(batch, tokenizer):
 
 
 def scores_of(batch, reward_model, rows, tokenizer, cfg):
-    """(B,) clipped scores from the reward model or the rows' checks; a reply that never ends gets the penalty."""
+    """(B,) clipped scores from the reward model or the rows' checks; a reply that never ends gets the
+    penalty."""
     if reward_model:
-        scores, = in_parts(lambda b: (reward_model.last(b["idx"], b["lengths"]),), batch, cfg.microbatch or cfg.minibatch)
+        last = lambda b: (reward_model.last(b["idx"], b["lengths"]),)
+        scores, = in_parts(last, batch, cfg.microbatch or cfg.minibatch)
     else:
         good = [float(is_good(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
         scores = torch.tensor(good).to(batch["idx"].device)
@@ -187,7 +197,8 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, device)
     mask = batch["mask"] = batch["targets"] >= 0
-    # Old log-probabilities come from the same forward pass as the update's, so that the first ratio is exactly 1.
+    # Old log-probabilities come from the same forward pass as the update's, so that the first ratio is
+    # exactly 1.
     batch["logprobs"], batch["entropy"] = in_parts(
         lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
     batch["ref_logprobs"] = in_parts(lambda b: policy_logprobs(reference, b, cfg.temperature), batch, size)[0]
@@ -202,13 +213,15 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
 
 def trace(batch, tokenizer, row=0):
     """One reply, token by token."""
-    print(f"{'token':>14} {'logprob':>8} {'ref':>8} {'kl':>7} {'reward':>7} {'value':>7} {'return':>7} {'advantage':>9}")
+    print(f"{'token':>14} {'logprob':>8} {'ref':>8} {'kl':>7} {'reward':>7} {'value':>7} {'return':>7} "
+          f"{'advantage':>9}")
     names = "logprobs", "ref_logprobs", "rewards", "values", "returns", "advantages"
     for t in batch["mask"][row].nonzero().squeeze(1).tolist():
         token = batch["targets"][row, t].item()
         text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
         lp, ref, reward, value, ret, advantage = (batch[name][row, t].item() for name in names)
-        print(f"{text:>14} {lp:8.3f} {ref:8.3f} {lp - ref:7.3f} {reward:7.3f} {value:7.3f} {ret:7.3f} {advantage:9.3f}")
+        print(f"{text:>14} {lp:8.3f} {ref:8.3f} {lp - ref:7.3f} {reward:7.3f} {value:7.3f} {ret:7.3f} "
+              f"{advantage:9.3f}")
     print(f"score {batch['scores'][row].item():.3f}, paid on the last token")
 
 
@@ -227,12 +240,14 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
         for rows in torch.randperm(len(batch["idx"]), generator=generator).to(device).split(cfg.minibatch):
             stats = defaultdict(float)
             n = batch["mask"][rows].sum()
-            for part in rows.sort().values.split(cfg.microbatch or cfg.minibatch):  # neighbours are of similar length
+            # In the batch neighbours are of similar length.
+            for part in rows.sort().values.split(cfg.microbatch or cfg.minibatch):
                 b = rows_of(batch, part)
                 logprobs, _ = policy_logprobs(actor, b, cfg.temperature)
                 loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
                 (loss / n).backward()  # before the critic begins: one network's activations at a time
-                v_loss = value_loss(critic.values(b["idx"]), b["values"], b["returns"], b["mask"], cfg.value_clip)
+                values = critic.values(b["idx"])
+                v_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
                 (cfg.value_coef * v_loss / n).backward()
                 for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
                                    (loss, v_loss, *sums)):
@@ -243,7 +258,8 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
                 (cfg.ptx_coef * nll / count).backward()
                 stats["ptx_loss"] += nll.item() / count
             require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
-                    f"rollout {step + 1}: the loss is not finite. Lower --lr; {cfg.out} keeps the last good checkpoint.")
+                    f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
+                    "checkpoint.")
             first_ratio = stats["ratio"] if first_ratio is None else first_ratio
             stats["grad_norm"] = actor_adam.step(lr, cfg.grad_clip)
             critic_adam.step(lr, cfg.grad_clip)
@@ -266,7 +282,7 @@ def adapt(kl_coef, kl, cfg):
 def complaints(log, dtype):
     """Health signs that are off, each with its likely cause."""
     if abs(log["ratio_first"] - 1) > (1e-4 if dtype == torch.float32 else 1e-2):
-        yield f"first ratio {log['ratio_first']:.5f}, not 1: old log-probs and update disagree (temperature? dropout?)"
+        yield f"first ratio {log['ratio_first']:.5f}, not 1: rollout and update disagree (temperature? dropout?)"
     if log["kl_k3"] < -1e-6:
         yield f"k3 KL {log['kl_k3']:.5f} below 0: actor and reference were compared on different tokens"
     if log["eos_rate"] == 0:
@@ -274,14 +290,15 @@ def complaints(log, dtype):
     if log["entropy"] < 0.01:
         yield f"entropy {log['entropy']:.4f}: the policy has collapsed; lower --lr or raise --kl_coef"
     if log["kl"] > 30:
-        yield f"KL {log['kl']:.0f} nats a reply: far from stage 1, the score can no longer be trusted; raise --kl_coef"
+        yield f"KL {log['kl']:.0f} nats a reply: too far from stage 1 to trust the score; raise --kl_coef"
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
-    """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the CPU."""
+    """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the
+    CPU."""
     prompts, size = [row["ids"] for row in rows], 64
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
     replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, cfg.temperature)
@@ -305,8 +322,8 @@ def win_rate(ours, theirs):
 
 
 def evaluate(models, rows, tokenizer, cfg):
-    """Held-out prompts: stage 1, stage 1's best of n by the same reward model, and the policy. Gold where there are
-    checks; who wins is decided by gold, or by the learned score where there is none."""
+    """Held-out prompts: stage 1, stage 1's best of n by the same reward model, and the policy. Gold where
+    there are checks; who wins is decided by gold, or by the learned score where there is none."""
     actor, reference, _, reward_model = models
     before, before_scores, _ = judge(reference, reference, reward_model, rows, tokenizer, cfg, cfg.seed + 1)
     after, after_scores, kl = judge(actor, reference, reward_model, rows, tokenizer, cfg, cfg.seed + 2)
@@ -321,8 +338,10 @@ def evaluate(models, rows, tokenizer, cfg):
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]
-        print(f"    {question!r}\n        {before[i]!r} ({before_scores[i]:+.2f})\n     -> {after[i]!r} ({after_scores[i]:+.2f})")
-    return {"gold_before": mean_gold(before), "gold_after": mean_gold(after), "gold_best_of_n": mean_gold(best),
+        print(f"    {question!r}\n        {before[i]!r} ({before_scores[i]:+.2f})\n"
+              f"     -> {after[i]!r} ({after_scores[i]:+.2f})")
+    return {"gold_before": mean_gold(before), "gold_after": mean_gold(after),
+            "gold_best_of_n": mean_gold(best),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
             "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}
@@ -332,11 +351,12 @@ def evaluate(models, rows, tokenizer, cfg):
 
 def check(cfg):
     check_common(cfg)
-    require(cfg.batch % cfg.minibatch == 0, f"--batch={cfg.batch} does not divide by --minibatch={cfg.minibatch}.")
+    require(cfg.batch % cfg.minibatch == 0,
+            f"--batch={cfg.batch} does not divide by --minibatch={cfg.minibatch}.")
     require(cfg.microbatch == 0 or cfg.minibatch % cfg.microbatch == 0,
             f"--minibatch={cfg.minibatch} does not divide by --microbatch={cfg.microbatch}.")
     require(0 < cfg.max_new_tokens < cfg.block_size,
-            f"--max_new_tokens={cfg.max_new_tokens} must leave room for a prompt in --block_size={cfg.block_size}.")
+            f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in --block_size={cfg.block_size}.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
     require(cfg.score_clip > 0, f"--score_clip={cfg.score_clip}: above 0.")
     for name in ("epochs", "best_of_n", "eval_prompts"):
@@ -354,22 +374,24 @@ def load_prompts(cfg, tokenizer):
     require(out[0], f"{cfg.data}: no prompts.")
     require(cfg.reward != "check" or all("check" in row for row in out[0]),
             f"--reward=check: some prompts of {cfg.data} have no \"check\".")
-    print(f"{len(out[0]):,} prompts, {len(out[1]):,} held out; {trimmed} longer than {room} tokens lost their beginning")
+    print(f"{len(out[0]):,} prompts, {len(out[1]):,} held out; "
+          f"{trimmed} longer than {room} tokens lost their beginning")
     return out
 
 
 def load_models(cfg, device, dtype):
-    """-> (actor, reference, critic, reward model or None), tokenizer. The reference is the actor's twin, the reward
-    model the critic's: with LoRA four models stand on two trunks."""
+    """-> (actor, reference, critic, reward model or None), tokenizer. The reference is the actor's twin, the
+    reward model the critic's: with LoRA four models stand on two trunks."""
     actor, tokenizer = make_model(cfg, GPT, device, dtype)
-    if cfg.reward == "check" or cfg.dry_run:  # no reward model: the critic starts from stage 1, expecting nothing
+    if cfg.reward == "check" or cfg.dry_run:  # the critic starts from stage 1, expecting nothing
         critic = Scorer(actor.cfg).to(dtype)
         state = {name: p for name, p in actor.state_dict().items() if "lora" not in name}
         critic.load_state_dict(state | {"score.weight": torch.zeros_like(critic.score.weight)})
     else:
         critic = load_model(cfg.reward, Scorer, dtype=dtype)
         name = critic.cfg.tokenizer
-        require(name == actor.cfg.tokenizer, f"--reward={cfg.reward} reads {name} tokens, --init={cfg.init} writes "
+        require(name == actor.cfg.tokenizer,
+                f"--reward={cfg.reward} reads {name} tokens, --init={cfg.init} writes "
                 f"{actor.cfg.tokenizer} tokens. Train the reward model with --init={cfg.init}.")
         require(cfg.block_size <= critic.cfg.n_positions,
                 f"--block_size={cfg.block_size}: {cfg.reward} has {critic.cfg.n_positions} positions.")
@@ -399,8 +421,8 @@ def main(cfg):
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
                       encode_demonstration(row, tokenizer, cfg.block_size)] if cfg.ptx_coef else None
-    print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} updates x {cfg.epochs} "
-          f"epochs, {cfg.steps} times")
+    print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} updates x "
+          f"{cfg.epochs} epochs, {cfg.steps} times")
 
     run, kl_coef = Run(cfg), cfg.kl_coef
     optimizers = optimizers_of(models, cfg)
@@ -410,7 +432,7 @@ def main(cfg):
         kl_coef = run.state["kl_coef"]
     say = tqdm.write
     with run:
-        for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="ppo", disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "ppo", initial=run.start, total=cfg.steps, disable=None):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
@@ -438,9 +460,9 @@ def main(cfg):
             kl_coef = adapt(kl_coef, log["kl"], cfg)
             if done % cfg.log_every == 0 or done == cfg.steps:
                 gold = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
-                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {gold}kl {log['kl']:.2f} | entropy "
-                    f"{log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | approx kl {log['approx_kl']:.4f} | "
-                    f"value {log['value_loss']:.3f} | length {log['response_length']:.1f} | "
+                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {gold}kl {log['kl']:.2f} | "
+                    f"entropy {log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | "
+                    f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | length {log['response_length']:.1f} | "
                     f"{log['tokens_per_s']:,.0f} tok/s | {log['memory_gb']:.2f} GB")
                 run.log(step=done, **log)
             for complaint in complaints(log, dtype):

@@ -2,8 +2,8 @@
 
     python reward.py                                # bundled data, starts from out/sft
 
-Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out.
-Loss (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
+Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out. Loss
+(Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
 An untrained model has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
 """
 import math
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data import prepare
 from memory import phase
-from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model, make_model,
-                   memory_gb, pad, parse_flags, pick_device, rehearse, require)
+from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model,
+                   make_model, memory_gb, pad, parse_flags, pick_device, rehearse, require)
 
 
 @dataclass(slots=True)
@@ -28,12 +28,12 @@ class Config:
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
-    data: str = "data/tiny"     # a folder with preferences.jsonl, or one file in any format that data/prepare.py knows
+    data: str = "data/tiny"     # a folder with preferences.jsonl, or a file in any format of data/prepare.py
     out: str = "out/reward"
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 2800
+    steps: int = 3000
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 128       # tokens of context; longer dialogues lose their beginning
@@ -42,9 +42,9 @@ class Config:
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank and the head instead of the matrices
-    dry_run: bool = False       # print what a step would take in memory, for any size, without a GPU or weights
+    dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
     resume: bool = False        # go on from out/state.pt
     log_every: int = 50
     eval_every: int = 500
@@ -54,9 +54,9 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the whole dialogue, from the left cut to block_size, so the reply stays."""
-    return tuple(tokenizer.render([*row["prompt"], {"role": "assistant", "content": row[side]}])[0][-block_size:]
-                 for side in ("chosen", "rejected"))
+    """-> (chosen, rejected): ids of the whole dialogue, cut to block_size from the left, so the reply stays."""
+    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected"))
+    return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
 
 
 def load_pairs(cfg, tokenizer):
@@ -94,14 +94,14 @@ def margins(model, pairs, device):
     return chosen - rejected
 
 
-# Pairs tell nothing about a constant that a prompt adds to both its scores, but PPO clips scores and needs it small.
+# Pairs tell nothing about a constant that a prompt adds to both scores, but PPO clips them: it must be small.
 CENTER = 0.01
 
 
 def bradley_terry(chosen, rejected):
-    """Scores, each (B,) -> (loss, the square of what a pair's scores have in common), both summed over the pairs.
+    """Scores, each (B,) -> (loss, the square of what a pair's scores have in common), both summed.
 
-    The second, weighted with CENTER, keeps scores centred: Eisenstein et al. 2023, arXiv:2312.09244, section 2.
+    The second, weighted with CENTER, keeps scores centred: Eisenstein et al. 2023, arXiv:2312.09244, sec. 2.
     """
     return -F.logsigmoid(chosen - rejected).sum(), (chosen + rejected).square().sum()
 
@@ -118,8 +118,8 @@ def all_margins(model, rows, device, size):
 
 
 def accuracy_table(rows, margin):
-    """-> {skill: (pairs, accuracy, ceiling)} with "all" last. Ceiling: what the raters' taste itself gets right on the
-    same labels, None unless the data say how sure the raters were of each pair ("agreement")."""
+    """-> {skill: (pairs, accuracy, ceiling)} with "all" last. Ceiling: what the raters' taste itself gets
+    right on the same labels, None unless the data say how sure the raters were of each pair ("agreement")."""
     groups = defaultdict(list)
     for i, row in enumerate(rows):
         groups[row.get("skill", "")].append(i)
@@ -133,7 +133,8 @@ def accuracy_table(rows, margin):
 
 
 def calibration(margin, bins=5):
-    """-> [(pairs, predicted, observed)] by confidence: of the pairs about which the model is p sure, it gets p right."""
+    """-> [(pairs, predicted, observed)] by confidence: of the pairs about which the model is p sure, it gets
+    p right."""
     confidence, right = margin.abs().sigmoid(), (margin > 0).float()
     edges = torch.linspace(0.5, 1, bins + 1)
     which = torch.bucketize(confidence, edges[1:-1])
@@ -147,12 +148,14 @@ def report(rows, margin):
     print(f"{'skill':20} {'pairs':>6} {'accuracy':>9} {'ceiling':>8}")
     for skill, (n, accuracy, ceiling) in table.items():
         print(f"{skill:20} {n:6} {accuracy:9.3f} {'unknown' if ceiling is None else f'{ceiling:.3f}':>8}")
-    print("confidence: " + ", ".join(f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in calibration(margin)))
+    bins = (f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in calibration(margin))
+    print("confidence: " + ", ".join(bins))
     return table["all"][1:]
 
 
 def mean_score(model, cfg, tokenizer, device, dtype, n=512):
-    """The average score of stage 1's replies (of the training pairs' replies, where there is no stage 1 to ask)."""
+    """The average score of stage 1's replies (of the training pairs' replies, where there is no stage 1 to
+    ask)."""
     prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
     if cfg.init == "scratch" or not prompts:
         return None
@@ -161,13 +164,15 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
     replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
     with torch.no_grad():
-        return torch.cat([score(model, rows[i:i + 64], device) for i in range(0, len(rows), 64)]).mean().item()
+        scores = [score(model, rows[i:i + 64], device) for i in range(0, len(rows), 64)]
+    return torch.cat(scores).mean().item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 def learn(model, batch, cfg, device):
-    """Gradients of the mean loss over a batch of (chosen ids, rejected ids) -> (that mean, pairs ranked right)."""
+    """Gradients of the mean loss over a batch of (chosen ids, rejected ids) -> (that mean, pairs ranked
+    right)."""
     loss, right, size = 0.0, 0, cfg.microbatch or cfg.batch
     for i in range(0, len(batch), size):
         chosen, rejected = pair_scores(model, batch[i:i + size], device)
@@ -204,11 +209,11 @@ def main(cfg):
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
     with run:
-        for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="reward", disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "reward", initial=run.start, total=cfg.steps, disable=None):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, device)
             right += correct
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
                                          f"{run.out} keeps the last good checkpoint.")
             lr = cosine(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
@@ -219,8 +224,8 @@ def main(cfg):
             if done % cfg.log_every == 0 or done == cfg.steps:
                 speed, clock, seen = seen / (time.time() - clock), time.time(), 0
                 accuracy, right, recent = right / recent, 0, 0
-                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | acc {accuracy:.3f} | norm {norm:.2f} | lr {lr:.1e} "
-                    f"| {speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
+                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | acc {accuracy:.3f} | norm {norm:.2f} | "
+                    f"lr {lr:.1e} | {speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
                 run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
                         seconds=time.time() - run.clock, memory_gb=memory_gb(device))
             if val and done % cfg.eval_every == 0 and done < cfg.steps:

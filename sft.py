@@ -1,4 +1,5 @@
-"""Stage 1, supervised fine-tuning: learn to answer by imitating demonstrations (and plain pre-training, on text).
+"""Stage 1, supervised fine-tuning: learn to answer by imitating demonstrations (and plain pre-training, on
+text).
 
     python sft.py                                   # bundled data, from random weights
     python sft.py --data=book.txt                   # pre-training on any text
@@ -15,8 +16,9 @@ from tqdm import tqdm
 
 from data import prepare
 from memory import phase
-from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demonstration, generate_many, gold_score,
-                   make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device, rehearse, require)
+from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demonstration, generate_many,
+                   gold_score, make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device,
+                   rehearse, require)
 
 
 @dataclass(slots=True)
@@ -26,7 +28,7 @@ class Config:
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
     n_embd: int = 128
-    data: str = "data/tiny"     # a folder with sft.jsonl, or one file in any format that data/prepare.py knows
+    data: str = "data/tiny"     # a folder with sft.jsonl, or a file in any format that data/prepare.py knows
     out: str = "out/sft"
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
@@ -40,9 +42,9 @@ class Config:
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
-    offload: str = "none"       # optimizer: 32-bit state in host memory; all: the weights, too (implies checkpoint)
+    offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank instead of the matrices
-    dry_run: bool = False       # print what a step would take in memory, for any size, without a GPU or weights
+    dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
     resume: bool = False        # go on from out/state.pt
     log_every: int = 50
     eval_every: int = 500
@@ -80,9 +82,11 @@ def validate(model, examples, cfg, device):
 
 
 def samples(model, tokenizer, prompts, val, cfg, say, n=4):
-    """Print what the model says to a few held-out prompts; without prompts, how it goes on with held-out text."""
+    """Print what the model says to a few held-out prompts; without prompts, how it goes on with held-out
+    text."""
     room = cfg.block_size // 2
-    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room)) for row in prompts[:n]]
+    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room))
+             for row in prompts[:n]]
     shown = shown or [(tokenizer.decode(idx[:room // 2]), idx[:room // 2]) for idx, _ in val[:n]]
     replies = generate_many(model, [ids for _, ids in shown], room, tokenizer.end, cfg.seed)
     for (question, _), reply in zip(shown, replies):
@@ -133,10 +137,10 @@ def main(cfg):
         say(f"before training: val_loss {nll / n:.4f} "
             f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
-        for step in tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, desc="sft", disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "sft", initial=run.start, total=cfg.steps, disable=None):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, cfg, device)
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup; "
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
                                          f"{run.out} keeps the last good checkpoint.")
             lr = cosine(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)

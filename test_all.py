@@ -1,10 +1,13 @@
 """Every claim, checked. A test's name is the claim; test_bug_NN are real bugs of other code bases, by name.
 
     python test_all.py              # or: python test_all.py Bugs.test_bug_05_padding_leaks_into_returns
+    python test_all.py bench        # speed, one JSON line a workload; bench sft ppo: only these; bench tricks: memory
+    python test_all.py fit          # the largest model that fits, from dry runs
 """
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import io
 import json
@@ -129,8 +132,8 @@ def a_rollout(temperature=1.0, seed=0):
 # --- the real bugs of others --------------------------------------------------------------------------------
 
 class Bugs(InFolder):
-    """Numbered as in the list of known bugs. Each test runs the production code, then the mistake in a line or two, and
-    shows that the test can tell them apart."""
+    """Numbered as in the list of known bugs. Each test runs the production code, then the mistake in a line
+    or two, and shows that the test can tell them apart."""
 
     def test_bug_01_ratio_is_not_one_on_the_first_minibatch(self):
         # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
@@ -464,6 +467,20 @@ class Network(InFolder):
         self.assertEqual(steps, sorted(steps, reverse=True))  # rows that ended are not computed any more
         self.assertLess(sum(steps[1:]), 3 * 11)
 
+    def test_matrices_packed_for_decoding_give_the_same_logits(self):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+            net, idx = tiny().to(dtype), random_ids(2, 5)
+            plain = net.logits(net(idx))
+            with m.packed(net, 2):
+                self.assertEqual(net.packed is not None, torch.backends.mkldnn.is_available())
+                self.assertLess((net.logits(net(idx)) - plain).abs().max(), tolerance)
+            self.assertTrue(torch.equal(net.logits(net(idx)), plain))
+
+    def test_only_the_last_position_gives_the_same_score(self):
+        net, idx, lengths = tiny(Scorer), random_ids(3, 8), torch.tensor([8, 3, 5])
+        values = net.values(idx)
+        self.assertLess((net.last(idx, lengths) - values[torch.arange(3), lengths - 1]).abs().max(), 1e-5)
+
     def test_a_reply_does_not_depend_on_its_neighbours_lengths(self):
         net, prompts = tiny(spread=0.1), [[5, 6], [7, 8, 9], [10]]
         free = generate(net, prompts, 16, end=-1, generator=rng(1))
@@ -496,8 +513,8 @@ class Network(InFolder):
         self.assertTrue(torch.allclose(net.values(idx), before + 1.5, atol=1e-5))
 
     def test_logits_equal_those_of_transformers(self):
-        # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel and
-        # GPT2ForSequenceClassification, for these ids
+        # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
+        # and GPT2ForSequenceClassification, for these ids
         ids = torch.arange(12)[None] * 37 % 1000
         for cls, golden in ((GPT, [-2.6512, 2.56872, 0.74729, -3.12261, 1.56714, 1.96106]), (Scorer, [-3.14017])):
             with tempfile.TemporaryDirectory() as folder:
@@ -690,6 +707,40 @@ class Memory(unittest.TestCase):
         nothing = torch.full_like(targets, -1)
         logprobs, h_grad = run(lambda h, w: token_logprobs(h, w, nothing))[::2]
         self.assertEqual((logprobs.abs().sum().item(), h_grad.abs().sum().item()), (0, 0))
+
+class DryRun(InFolder):
+    def run_dry(self, stage, **changes):
+        cfg = small(stage, self.root, dry_run=True, init="gpt2", block_size=512, batch=1, **changes)
+        if stage is ppo:
+            cfg = dataclasses.replace(cfg, minibatch=1, max_new_tokens=4)
+        return quiet(stage.main, cfg)
+
+    def test_the_arithmetic_of_the_docstring(self):
+        weights = 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
+        owners = self.run_dry(ppo)[0]["phases"]["update"]["owners"]
+        for name, per_weight in (("weights", 4 * 4), ("gradients", 2 * 4), ("optimizer", 2 * 8)):
+            self.assertLess(abs(owners[name] / weights / per_weight - 1), 0.001, name)
+        result, _ = self.run_dry(sft, dtype="bfloat16", offload="optimizer")
+        update = result["phases"]["update"]
+        self.assertLess(abs(update["owners"]["weights"] / weights / 2 - 1), 0.001)
+        self.assertLess(abs(update["peak_host_bytes"] / weights / 16 - 1), 0.05)  # and the buffer for crossing
+
+    def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(self):
+        log = self.root / "out/reward/log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text('{"step": 1}\n')
+        result, text = self.run_dry(reward, checkpoint=True)
+        first, last = map(json.loads, log.read_text().splitlines())
+        self.assertEqual((first, last), ({"step": 1}, result))
+        self.assertEqual(sorted(p.name for p in self.root.rglob("*") if p.is_file()), ["log.jsonl"])
+        self.assertIn("simulated", text)
+        self.assertEqual(set(result), {"dry_run", "peak_device_bytes", "peak_host_bytes", "phases"})
+        self.assertGreater(result["peak_device_bytes"], sum(result["phases"]["update"]["owners"].values()) - 1)
+
+    def test_the_announced_work_fits_into_a_tenth_of_the_announced_memory(self):
+        cfg = ppo.Config(init="gpt2", dry_run=True, offload="all", batch=1, minibatch=1, block_size=512,
+                         max_new_tokens=8, dtype="bfloat16", out=str(self.root))
+        self.assertLess(quiet(ppo.main, cfg)[0]["peak_device_bytes"], 0.16 * 2**30)
 
 
 # --- a second device: tensors that compute on the CPU but are not there ---------------------------------------
@@ -1316,5 +1367,204 @@ class Robustness(InFolder):
             self.refuses("model.safetensors", call=lambda: m.load_model(path.parent))
 
 
+# --- bench: our side of the work that the peers are timed on -------------------------------------------------
+
+SHAPES = {"tiny": (512, 256, 4, 4, 256), "gpt2": (50304, 1024, 12, 12, 768)}  # vocabulary, positions, layers, heads, width
+BENCH = {  # workload: (rows or pairs, tokens) or (rows, prompt, new tokens, epochs, rows per minibatch)
+    "sft": {"gpt2": (4, 256), "tiny": (32, 128)},
+    "reward": {"gpt2": (4, 256), "tiny": (16, 128)},
+    "generate": {"gpt2": (16, 32, 64), "tiny": (16, 32, 64)},
+    "generate-1": {"gpt2": (1, 32, 64), "tiny": (1, 32, 64)},
+    "ppo": {"gpt2": (16, 32, 64, 4, 16), "tiny": (16, 32, 64, 4, 16)},
+    "ppo-1": {"gpt2": (16, 32, 64, 1, 16), "tiny": (16, 32, 64, 1, 16)},
+    "ppo-long": {"gpt2": (2, 400, 112, 3, 2)},  # the work of Colossal-AI's first benchmark, batch 2
+}
+
+
+class Stopwatch:
+    """Seconds of each phase, heard through the same calls as the dry run's count."""
+    def __init__(self):
+        self.seconds, self.name, self.since = {}, None, 0.0
+
+    def phase(self, name):
+        now = time.perf_counter()
+        if self.name:
+            self.seconds[self.name] = self.seconds.get(self.name, 0) + now - self.since
+        self.name, self.since = name, now
+
+
+def median_seconds(function, warmup, n):
+    seconds = []
+    for _ in range(warmup + n):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[warmup:])[n // 2]
+
+
+def machine(dtype):
+    """-> (the machine's own GFLOP/s of a large matrix product, its GB/s of a large copy, read and
+    written)."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    x, y = torch.empty(2**27, dtype=torch.uint8), torch.empty(2**27, dtype=torch.uint8)
+    return 2 * 2048**3 / median_seconds(lambda: a @ b, 2, 7) / 1e9, 2 * 2**27 / median_seconds(lambda: y.copy_(x), 2, 7) / 1e9
+
+
+def bench_one(name, size, dtype_name):
+    """Print one JSON line."""
+    work, dtype, watch = BENCH[name][size], getattr(torch, dtype_name), Stopwatch()
+    vocabulary, positions, *rest = SHAPES[size]
+    net = lambda cls: cls(GPTConfig(vocabulary, positions, *rest, "gpt2")).initialize(rng(0)).to(dtype)
+    ids = lambda *shape: torch.randint(vocabulary - 64, shape).tolist()
+    host = None if dtype == torch.float32 else "cpu"
+    weights = sum(p.numel() for name_, p in net(GPT).named_parameters() if name_ != "wpe.weight")  # that multiply
+    extra, cpu, kind = {}, torch.device("cpu"), name.split("-")[0]
+    repeat = (1, 3) if size == "gpt2" else (2, 9)
+    if kind in ("sft", "reward"):
+        B, T = work
+        stage, model = (sft, net(GPT)) if kind == "sft" else (reward, net(Scorer))
+        cfg, adam = stage.Config(batch=B), OffloadedAdamW(model.parameters(), 1e-5, host=host)
+        tokens = B * T * (1 + (kind == "reward"))
+        flops = 6 * tokens * (weights - (kind == "reward") * vocabulary * rest[2])
+        def run():
+            if kind == "sft":
+                batch = [(row[:-1], row[1:]) for row in ids(B, T + 1)]
+            else:
+                batch = [(ids(T), ids(T)) for _ in range(B)]
+            stage.learn(model, batch, cfg, cpu)
+            adam.step(1e-5)
+    elif kind == "generate":
+        B, P, N = work
+        model, tokens, flops = net(GPT), B * N, 2 * B * (P + N) * weights
+        run = lambda: generate(model, ids(B, P), N, -1, generator=rng(0))
+    else:
+        B, P, N, epochs, minibatch = work
+        models = [net(cls) for cls in (GPT, GPT, Scorer, Scorer)]
+        for frozen in (models[1], models[3]):
+            frozen.requires_grad_(False)
+        cfg = ppo.Config(batch=B, minibatch=minibatch, max_new_tokens=N, epochs=epochs, temperature=1.0)
+        adams = [OffloadedAdamW(x.parameters(), 1e-5, host=host) for x in (models[0], models[2])]
+        tokens = B * (P + N)
+        head = vocabulary * rest[2]
+        flops = 2 * tokens * (weights + (2 + 6 * epochs) * (weights - head) * 2) + (2 + 6 * epochs) * B * N * head
+        tokenizer = mock.Mock(end=-1)
+        memory.METERS.append(watch)
+        def run():
+            rows = sorted(({"ids": row} for row in ids(B, P)), key=lambda row: len(row["ids"]))
+            with mock.patch.object(ppo, "TARGET_KL", math.inf):
+                batch = ppo.rollout(0, rows, models, tokenizer, cfg, 0.05)
+                ppo.update(0, batch, models, adams, 1e-5, None, cfg)
+            watch.phase("rest")
+    seconds = median_seconds(run, *repeat)
+    for phase_, total in watch.seconds.items():
+        extra[phase_ + "_seconds"] = total / sum(repeat)
+    gflops, copy = machine(dtype)
+    if kind == "generate":  # every step reads every weight
+        extra |= {"ms_per_token_step": 1000 * seconds / N,
+                  "share_of_copy_rate": weights * dtype.itemsize / (seconds / N) / 1e9 / copy}
+    print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in {
+        "workload": name, "peer": "ours", "size": size, "dtype": dtype_name, "tokens_per_s": tokens / seconds,
+        "seconds": seconds, "peak_rss_mb": m.memory_gb(cpu) * 1000, "tokens": tokens, "gflops": flops / seconds / 1e9,
+        "share_of_matmul_rate": flops / seconds / 1e9 / gflops, "machine_gflops": gflops, "machine_copy_gb_s": copy,
+        **extra, "threads": torch.get_num_threads()}.items()}), flush=True)
+
+
+TRICKS = {"float32": {}, "float32, checkpoint": {"checkpoint": True}, "bfloat16": {"dtype": "bfloat16"},
+          "bfloat16, checkpoint": {"dtype": "bfloat16", "checkpoint": True},
+          "bfloat16, offload=all": {"dtype": "bfloat16", "offload": "all"},
+          "bfloat16, LoRA": {"dtype": "bfloat16", "lora_rank": 16}}
+
+
+def bench_trick(name):
+    """One PPO iteration of four GPT-2 124M with random weights, really run: its peak of resident memory, its
+    seconds."""
+    watch, cpu = Stopwatch(), torch.device("cpu")
+    cfg = ppo.Config(init="gpt2", dry_run=True, batch=2, minibatch=2, epochs=2, block_size=512, max_new_tokens=112,
+                     **{"dtype": "float32"} | TRICKS[name])
+    memory.METERS.append(watch)
+    ppo.iteration(cfg, cpu, getattr(torch, cfg.dtype))
+    watch.phase("rest")
+    print(json.dumps({"trick": name, "peak_rss_mb": round(m.memory_gb(cpu) * 1000),
+                      **{phase_: round(x, 2) for phase_, x in watch.seconds.items()}}), flush=True)
+
+
+def bench_adamw():
+    """The optimizer's step on the weights of GPT-2 124M in float32, beside torch's."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(50304, 768)] + [(768, 3072), (3072, 768), (2304, 768),
+                                                                                   (768, 768)] * 12]
+    ours, theirs = OffloadedAdamW(params, 1e-4, host=None), torch.optim.AdamW(params, 1e-4, fused=True)
+    for p, master in zip(params, ours.masters):
+        p.grad, master.grad = torch.randn_like(p), torch.randn_like(p)
+    def plain():
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        theirs.step()
+        for p in params:
+            p.grad.zero_()
+    seconds = [[], []]
+    for _ in range(9):  # in turn
+        for i, step in enumerate((lambda: ours.step(1e-4, 1.0), plain)):
+            seconds[i].append(median_seconds(step, 0, 1))
+    ours_, theirs_ = (sorted(x)[4] for x in seconds)
+    print(json.dumps({"adamw_step_seconds": round(ours_, 4), "torch_fused": round(theirs_, 4),
+                      "ratio": round(ours_ / theirs_, 3)}), flush=True)
+
+
+# --- fit: the largest GPT-2 whose PPO iteration fits, from dry runs ------------------------------------------
+
+SETTINGS = {"plain PyTorch, float32": {"dtype": "float32"},
+            "bfloat16 --offload=optimizer --checkpoint": {"offload": "optimizer", "checkpoint": True},
+            "bfloat16 --lora_rank=16 --checkpoint": {"lora_rank": 16, "checkpoint": True},
+            "bfloat16 --offload=all": {"offload": "all"}}
+
+
+@functools.cache
+def peaks(setting, k):
+    """GiB on (device, host) of one iteration: batch 1, 400 + 112 tokens, k layers of k heads of width 128."""
+    cfg = ppo.Config(init="scratch", tokenizer="gpt2", n_layer=k, n_head=k, n_embd=128 * k, block_size=512,
+                     max_new_tokens=112, batch=1, minibatch=1, epochs=1, dry_run=True, **SETTINGS[setting])
+    with memory.dry_run() as count:
+        ppo.iteration(cfg, *m.pick_device(cfg.device, cfg.dtype, dry=True))
+    return tuple(max(phase_[f"peak_{place}_bytes"] for phase_ in count.phases.values()) / 2**30
+                 for place in ("device", "host"))
+
+
+def fit(budgets=(4, 8, 16, 24, 80), host=1024):
+    """Print the table: billions of parameters, (layers)."""
+    print("| GiB on the device | " + " | ".join(SETTINGS) + " |\n|---" * 1 + "|---" * len(SETTINGS) + "|")
+    for budget in budgets:
+        row = []
+        for setting in SETTINGS:
+            low, high = 0, 80  # low fits, high does not
+            while high - low > 1:
+                k = (low + high) // 2
+                device_, host_ = peaks(setting, k)
+                low, high = (k, high) if device_ <= budget and host_ <= host else (low, k)
+            row.append(f"{(12 * low * (128 * low) ** 2 + 50304 * 128 * low) / 1e9:.2f} ({low})")
+        print(f"| {budget} | " + " | ".join(row) + " |", flush=True)
+
+
+def bench(names):
+    """Each in a process of its own, so that peaks of memory do not mix."""
+    if names == ["tricks"]:
+        for name in [*TRICKS, "adamw"]:
+            subprocess.run([sys.executable, __file__, "bench", "tricks", name], check=True)
+        return
+    for name in names or BENCH:
+        m.require(name in BENCH, f"bench {name}: unknown. Choose from {', '.join(BENCH)}.")
+        for size in BENCH[name]:
+            for dtype in ("float32", "bfloat16"):
+                subprocess.run([sys.executable, __file__, "bench", name, size, dtype], check=True)
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["bench"]:
+        if len(sys.argv) == 5 and sys.argv[3] in SHAPES:
+            bench_one(*sys.argv[2:])
+        elif sys.argv[2:3] == ["tricks"] and len(sys.argv) == 4:
+            bench_adamw() if sys.argv[3] == "adamw" else bench_trick(sys.argv[3])
+        else:
+            bench(sys.argv[2:])
+    elif sys.argv[1:] == ["fit"]:
+        fit()
+    else:
+        unittest.main()

@@ -3,8 +3,8 @@
     python data/prepare.py FILE... --out=DIR
 
 Reads HH-RLHF, Alpaca, prompt/completion, prompt/response, Dolly, question/answer, OpenAI messages, ShareGPT
-conversations, UltraFeedback and TRL preferences, output_1/output_2/preference, and plain text; .json, .jsonl, .txt,
-each also .gz. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
+conversations, UltraFeedback and TRL preferences, output_1/output_2/preference, and plain text; .json, .jsonl,
+.txt, each also .gz. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}   or   {"text": ...}
     {"prompt": [messages], "chosen": "...", "rejected": "..."}
@@ -35,7 +35,8 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "as
 
 
 def as_messages(turns):
-    """OpenAI's or ShareGPT's turns -> our messages. A system message goes before the next user's, a blank line between."""
+    """OpenAI's or ShareGPT's turns -> our messages. A system message goes before the next user's, a blank
+    line between."""
     out, system = [], ""
     for turn in turns:
         if not isinstance(turn, dict):
@@ -207,7 +208,8 @@ def open_text(path):
 
 
 def pieces(path, size=2000):
-    """A text file in pieces of about `size` characters that end at blank lines; together they are the whole file."""
+    """A text file in pieces of about `size` characters that end at blank lines; together they are the whole
+    file."""
     piece = ""
     for number, line in open_text(path):
         piece += line.decode("utf-8", errors="replace")
@@ -256,7 +258,8 @@ def stop_at(path):
 
 
 def is_held_out(row, val_fraction):
-    """By a stable hash of the prompt (or text): all rows of one prompt fall on the same side, on every machine."""
+    """By a stable hash of the prompt (or text): all rows of one prompt fall on the same side, on every
+    machine."""
     messages = row["messages"][:-1] if "messages" in row else row.get("prompt", row.get("text"))
     digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64
@@ -265,9 +268,9 @@ def is_held_out(row, val_fraction):
 def load(path, kind, val_fraction=0.1, optional=False):
     """A folder of ours, or one file in any known format -> (train rows, held-out rows) of one of KINDS.
 
-    Where a folder has no {kind}.val.jsonl, the training file is split. A broken row in a folder of ours stops with file
-    and line (SystemExit); in a foreign file rows that cannot be used are counted. With `optional`, data that are not
-    there are just empty.
+    Where a folder has no {kind}.val.jsonl, the training file is split. A broken row in a folder of ours stops
+    with file and line (SystemExit); in a foreign file rows that cannot be used are counted. With `optional`,
+    data that are not there are just empty.
     """
     path = Path(path)
     if not path.exists():

@@ -1,9 +1,10 @@
-"""Draws the README's picture from PPO's logs: what the reward model says and what is true, as the policy leaves stage 1.
+"""Draws the README's picture from PPO's logs: what the reward model says and what is true, as the policy
+leaves stage 1.
 
     python data/pictures/draw.py overoptimisation.png "with penalty"=out/ppo "without"=out/ppo-free
 
-Each line is a run (Gao et al. 2022, arXiv:2210.10760, figure 1, for a single reward model); the star is stage 1's best
-of 16 by the same reward model, from the first run. Needs matplotlib, which nothing else here does.
+Each line is a run (Gao et al. 2022, arXiv:2210.10760, figure 1, for a single reward model); the star is stage
+1's best of 16 by the same reward model, from the first run. Needs matplotlib, which nothing else here does.
 """
 import json
 import math

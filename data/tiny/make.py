@@ -2,14 +2,16 @@
 
     python data/tiny/make.py        # the same bytes on every machine
 
-About twenty skills, each with several ways to ask and to answer. The demonstrations are a mixture, as the internet is: good
-(right, polite and to the point), curt, wrong, rude, rambling. Simulated raters compare such replies; their choices are
-noisy, and their taste is not quite the truth: they like length and exclamation marks a little too much. So a reward
-model has a known ceiling, PPO has something to gain, and a policy that trusts the learned score too far is caught by
-the check that comes with each prompt, a regular expression that a good reply matches in full.
+About twenty skills, each with several ways to ask and to answer. The demonstrations are a mixture, as the
+internet is: good (right, polite and to the point), curt, wrong, rude, rambling. Simulated raters compare such
+replies; their choices are noisy, and their taste is not quite the truth: they like length and exclamation
+marks a little too much. So a reward model has a known ceiling, PPO has something to gain, and a policy that
+trusts the learned score too far is caught by the check that comes with each prompt, a regular expression that
+a good reply matches in full.
 
-Held out: a prompt is a way to ask and a thing asked about, and every tenth such combination occurs in *.val.jsonl
-only. (Where there are very many things to ask about, as in sorting, they are held out whatever the way to ask.)
+Held out: a prompt is a way to ask and a thing asked about, and every tenth such combination occurs in
+*.val.jsonl only. (Where there are very many things to ask about, as in sorting, they are held out whatever
+the way to ask.)
 """
 import base64
 import hashlib
@@ -23,7 +25,7 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.24, "curt": 0.26, "wrong": 0.10, "rude": 0.20, "rambling": 0.20}
+MIXTURE = {"good": 0.20, "curt": 0.28, "wrong": 0.10, "rude": 0.21, "rambling": 0.21}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
 HELD_OUT = 10       # one prompt in so many
@@ -32,7 +34,7 @@ TOKENS = 1021       # with three control tokens 1,024
 # What a rater feels about a reply. The last two are the raters' error: quality has no such terms.
 TASTE = {"right": 2.6, "polite": 1.8, "rude": -1.5, "rambling": -1.6, "broken": -2.0, "exuberant": -1.2,
          "character": 0.008, "!": 0.06}
-NEAR_TIE = 0.40     # pairs that differ by less are not shown to raters
+NEAR_TIE = 1.00     # pairs that differ by less are not shown to raters
 SHARPNESS = 1.5     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
 
 
@@ -57,12 +59,12 @@ CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo
             "Greece Athens, Norway Oslo, Cuba Havana")
 COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ink blue, ash grey, "
            "carrot orange, cherry red")
-SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee buzz, snake hiss, wolf howl, "
-          "horse neigh, mouse squeak")
+SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee hum, wolf howl, "
+          "mouse squeak")
 KINDS = {"an animal": "frog wolf goat", "a flower": "rose tulip lily", "a fruit": "apple pear plum",
          "a tool": "hammer saw drill", "a vehicle": "car bus train", "a drink": "tea juice coffee"}
 FLIERS = {"yes": "sparrow moth pigeon raven dragonfly wasp", "no": "cow horse rabbit camel whale shark"}
-WORDS = "cat dog sun tree book fish bread apple water house garden winter".split()
+WORDS = "cat dog sun wind milk fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, break a window, "
@@ -96,7 +98,8 @@ def near(n):
 
 
 def table(text, field):
-    """"hot cold, ..." -> cases that ask for the second word by the first; other second words are the wrong answers."""
+    """"hot cold, ..." -> cases that ask for the second word by the first; other second words are the wrong
+    answers."""
     pairs = [pair.split() for pair in text.split(", ")]
     answers = sorted({answer for _, answer in pairs})
     return [case(answer, answers, **{field: key}) for key, answer in pairs]
@@ -114,7 +117,7 @@ def neighbours(names, noun):
 
 
 def number_skills():
-    digits = range(1, 8)
+    digits = range(1, 6)
     ends = "The answer is {answer}", "It is {answer}"
     row = lambda numbers: ", ".join(map(str, numbers))
     return [
@@ -122,34 +125,34 @@ def number_skills():
                       "Can you add {b} to {a}?", "what do {a} and {b} make together", "Please tell me {a} + {b}.",
                       "I have {a} apples and get {b} more. How many do I have?"],
               ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
-              [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 6), repeat=2)], 2.6),
+              [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 5), repeat=2)], 1.8),
         Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?",
                              "{a} - {b} = ?", "Can you tell me {a} minus {b}?", "what is left of {a} without {b}",
                              "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
-              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(2, 9), range(1, 4)) if a > b], 2.4),
+              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(2, 7), range(1, 4)) if a > b], 1.6),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
-              [case(max(a, b), [min(a, b), min(a, b), *near(max(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
+              [case(max(a, b), [min(a, b), min(a, b), *near(max(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
                           "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
                           "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
-              [case(min(a, b), [max(a, b), max(a, b), *near(min(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
+              [case(min(a, b), [max(a, b), max(a, b), *near(min(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
               [case(row(sorted(x)), [row(w) for w in (*permutations(x), *combinations_with_replacement(digits, 3))
                                      if len(set(w) & set(x)) >= 2], a=x[0], b=x[1], c=x[2])
-               for x in permutations(digits[:5], 3)], 2.0),
+               for x in permutations(digits[:4], 3)], 1.6),
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.",
                        "What is one more than {a}?", "Which number follows {a}?", "number after {a}",
                        "I count and I am at {a}. What comes now?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
-              [case(n + 1, near(n + 1), a=n) for n in range(1, 13)], 1.4),
+              [case(n + 1, near(n + 1), a=n) for n in range(1, 10)], 1.2),
     ]
 
 
@@ -160,23 +163,24 @@ def word_skills():
     return [
         Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.", "How long is the word {word}?",
                           "how many letters are in {word}", "Please count the letters of {word}.",
-                          "Can you tell me how many letters {word} has?", "{word} has how many letters?",
+                          "Can you tell me how many letters {word} has?", "I need the number of letters in {word}.",
                           "number of letters in {word}"],
               ["The word {word} has {answer} letters", "It has {answer} letters", "I count {answer} letters"],
               [case(len(w), [n for n in range(2, 8)], word=w) for w in WORDS]),
         Skill("spelling", ["Spell {word}.", "How do you spell {word}?", "Can you spell the word {word}?", "spell {word} for me",
-                           "Please spell {word} letter by letter."],
+                           "Please spell {word} letter by letter.", "How is {word} spelled?", "spelling of {word}",
+                           "Tell me how to spell {word}."],
               ["It is spelled {answer}", "The word {word} is spelled {answer}", "That is {answer}"],
-              [case(spelled[w], misspelled(w), word=w) for w in WORDS]),
+              [case(spelled[w], misspelled(w), word=w) for w in WORDS], 1.2),
         Skill("opposite", ["What is the opposite of {word}?", "Give me the opposite of {word}.", "opposite of {word}",
                            "Which word means the opposite of {word}?",
-                           "Please name the opposite of {word}.", "{word} has which opposite?",
-                           "Tell me the opposite of {word}.", "what is not {word} but the opposite"],
+                           "Please name the opposite of {word}.", "I need the opposite of {word}.",
+                           "Tell me the opposite of {word}.", "what word is the opposite of {word}"],
               ["The opposite of {word} is {answer}", "The opposite is {answer}", "That would be {answer}"],
-              table(OPPOSITES, "word")),
+              table(OPPOSITES, "word"), 1.2),
         Skill("plural", ["What is the plural of {word}?", "One {word}, two what?", "plural of {word}",
                          "Give me the plural of {word}.", "How do you say {word} when there are many?",
-                         "Please name the plural of {word}.", "many times {word} is what?",
+                         "Please name the plural of {word}.", "I need the plural of {word}.",
                          "I have one {word}. You have two what?"],
               ["The plural of {word} is {answer}", "The plural is {answer}", "One {word}, two {answer}"],
               table(PLURALS, "word")),
@@ -188,12 +192,12 @@ def fact_skills():
         Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.", "capital of {country}",
                           "Which city is the capital of {country}?",
                           "Do you know the capital of {country}?", "Tell me the capital of {country}.",
-                          "{country} has which capital?", "Please name the capital city of {country}."],
+                          "I need the capital of {country}.", "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
         Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
                          "Tell me the colour of {thing}.", "Do you know what colour {thing} is?",
-                         "Please name the colour of {thing}.", "how is {thing} coloured", "{thing} has which colour?"],
+                         "Please name the colour of {thing}.", "how is {thing} coloured", "I need the colour of {thing}."],
               ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
               table(COLOURS, "thing")),
         Skill("sound", ["What does a {animal} say?", "Which sound does a {animal} make?", "sound of a {animal}",
@@ -322,7 +326,8 @@ def reply(rng, skill, case, style):
 
 
 def broken(rng, skill, case, skills):
-    """What a half-trained network says: cut short, repeated, the answer to something else, two answers at once."""
+    """What a half-trained network says: cut short, repeated, the answer to something else, two answers at
+    once."""
     text = good(rng, skill, case)
     other = rng.choice(skills)
     damage = rng.randrange(7)
@@ -363,7 +368,7 @@ def two_replies(rng, skill, case, skills):
         return ((make(random.Random(state), skill, case), Counter(right=1, polite=polite)),
                 (make(random.Random(state), skill, wrong), Counter(polite=polite)))
     first = reply(rng, skill, case, style())
-    return first, broken(rng, skill, case, skills) if kind < 0.60 else reply(rng, skill, case, style())
+    return first, broken(rng, skill, case, skills) if kind < 0.62 else reply(rng, skill, case, style())
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -420,7 +425,8 @@ def question(rng, skills, held_out, i):
 # --- byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909 ---------------------------------------------
 
 def train_bpe(texts, size):
-    """-> `size` tokens as bytes, in the order of their ranks: 256 bytes, then the most frequent pair, again and again."""
+    """-> `size` tokens as bytes, in the order of their ranks: 256 bytes, then the most frequent pair, again
+    and again."""
     words = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+|\d{1,3}| ?[^\s\w]+|\s+", text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
     tokens = [bytes([b]) for b in range(256)]
