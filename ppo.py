@@ -299,9 +299,9 @@ def complaints(log, dtype):
 def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the
     CPU."""
-    prompts, size = [row["ids"] for row in rows], 64
+    prompts, size = [row["ids"] for row in rows], max(1, cfg.batch // 2)
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
-    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, cfg.temperature)
+    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch, cfg.temperature)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
     scores, kl = torch.empty(len(rows)), torch.empty(len(rows))
     for i in range(0, len(order), size):

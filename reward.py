@@ -9,7 +9,7 @@ An untrained model has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ce
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from data import prepare
 from memory import phase
 from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model,
-                   make_model, memory_gb, pad, parse_flags, pick_device, rehearse, require)
+                   make_model, memory_gb, pad, parse_flags, pick_device, place, rehearse,
+                   require)
 
 
 @dataclass(slots=True)
@@ -159,12 +160,13 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
     prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
     if cfg.init == "scratch" or not prompts:
         return None
-    sft, new = load_model(cfg.init, GPT, device, dtype), cfg.block_size // 2
+    sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
+    place(sft, replace(cfg, lora_rank=0), device)
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
-    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed)
+    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
     with torch.no_grad():
-        scores = [score(model, rows[i:i + 64], device) for i in range(0, len(rows), 64)]
+        scores = [score(model, rows[i:i + cfg.batch], device) for i in range(0, len(rows), cfg.batch)]
     return torch.cat(scores).mean().item()
 
 

@@ -88,7 +88,7 @@ def samples(model, tokenizer, prompts, val, cfg, say, n=4):
     shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room))
              for row in prompts[:n]]
     shown = shown or [(tokenizer.decode(idx[:room // 2]), idx[:room // 2]) for idx, _ in val[:n]]
-    replies = generate_many(model, [ids for _, ids in shown], room, tokenizer.end, cfg.seed)
+    replies = generate_many(model, [ids for _, ids in shown], room, tokenizer.end, cfg.seed, cfg.batch)
     for (question, _), reply in zip(shown, replies):
         say(f"    {question!r} -> {tokenizer.decode(reply)!r}")
 
@@ -168,7 +168,7 @@ def main(cfg):
 
     nll, n = validate(model, val, cfg, device) if val else (math.nan, 1)
     final = {"val_loss": nll / n if val else None,
-             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed)}
+             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed, 4 * cfg.batch)}
     if val_characters:
         final["val_loss_per_character"] = nll / val_characters
     samples(model, tokenizer, prompts, val, cfg, say, n=8)

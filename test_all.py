@@ -476,6 +476,13 @@ class Network(InFolder):
                 self.assertLess((net.logits(net(idx)) - plain).abs().max(), tolerance)
             self.assertTrue(torch.equal(net.logits(net(idx)), plain))
 
+    def test_a_bfloat16_model_decodes_what_its_full_forward_says(self):
+        net, prompt = tiny().to(torch.bfloat16), [5, 6, 7, 8]
+        reply = generate(net, [prompt, prompt[:2]], 10, end=-1, temperature=0)[0]
+        logits = net.logits(net(torch.tensor([prompt + reply])))[0, len(prompt) - 1:-1]
+        chosen = logits.gather(1, torch.tensor(reply)[:, None])
+        self.assertLess((logits.max(1, keepdim=True).values - chosen).max(), 0.1)  # the likeliest, but for rounding
+
     def test_only_the_last_position_gives_the_same_score(self):
         net, idx, lengths = tiny(Scorer), random_ids(3, 8), torch.tensor([8, 3, 5])
         values = net.values(idx)
@@ -723,7 +730,8 @@ class DryRun(InFolder):
         result, _ = self.run_dry(sft, dtype="bfloat16", offload="optimizer")
         update = result["phases"]["update"]
         self.assertLess(abs(update["owners"]["weights"] / weights / 2 - 1), 0.001)
-        self.assertLess(abs(update["peak_host_bytes"] / weights / 16 - 1), 0.05)  # and the buffer for crossing
+        crossing = 2 * 50304 * 768  # the buffer for what crosses the bus: the largest matrix, in bfloat16
+        self.assertLess(abs(update["peak_host_bytes"] / (16 * weights + crossing) - 1), 0.02)
 
     def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(self):
         log = self.root / "out/reward/log.jsonl"
@@ -808,23 +816,26 @@ def flash_elsewhere(q, k, v, attn_mask=None, is_causal=False):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
 
-class SecondDevice(InFolder):
-    @classmethod
-    def setUpClass(cls):
-        try:
-            from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
-        except ImportError:
-            raise unittest.SkipTest("this torch cannot make a device in Python") from None
-        try:
-            torch.device("elsewhere")
-        except RuntimeError:
-            register("elsewhere")
-            cls.libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-            cls.libraries[0].fallback(compute_elsewhere, "PrivateUse1")
-            for name in ("default", "start", "start_step"):  # as it comes, it would resize a tensor from inside
-                cls.libraries[1].impl("arange" + (name != "default") * ("." + name), partial(
-                    compute_elsewhere, getattr(torch.ops.aten.arange, name)), "PrivateUse1")
+def make_second_device():
+    """-> what has to stay alive for it, or None. Autograd asks for the devices there are at its first backward only."""
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
+    except ImportError:
+        return None
+    register("elsewhere")
+    libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    libraries[0].fallback(compute_elsewhere, "PrivateUse1")
+    for name in ("arange", "arange.start", "arange.start_step"):  # as it comes, it would resize a tensor from inside
+        overload = getattr(torch.ops.aten.arange, name.partition(".")[2] or "default")
+        libraries[1].impl(name, partial(compute_elsewhere, overload), "PrivateUse1")
+    return libraries
 
+
+ELSEWHERE = make_second_device()
+
+
+@unittest.skipUnless(ELSEWHERE, "this torch cannot make a device in Python")
+class SecondDevice(InFolder):
     def setUp(self):
         super().setUp()
         patch = mock.patch.object(F, "scaled_dot_product_attention", flash_elsewhere)
