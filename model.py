@@ -159,8 +159,10 @@ def packed(model, rows):
     """Decoding on a CPU, `rows` at a time: before each product oneDNN rearranges the matrix, which for a few
     rows takes longer than the product. Here it does so once, in a copy, and a token takes a half to a third
     of the time."""
-    able = model.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise") and not model.visits
+    able = (model.device.type == "cpu" and not model.visits and torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (model.wpe.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     modules = [x for x in model.modules() if isinstance(x, Linear)] if able else []
     for x in modules:
         x.packed = torch.ops.mkldnn._reorder_linear_weight(x.weight.detach(), rows)
