@@ -14,7 +14,6 @@ single activation. These moves change no result, and each stands alone:
 
 `dry_run` counts all of it, for any size, without a GPU and without the memory.
 """
-import gc
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -403,7 +402,6 @@ class dry_run(TorchDispatchMode):
         return super().__exit__(*exception)
 
     def phase(self, name):
-        gc.collect()  # what only a cycle of Python objects keeps alive is no part of it
         self.peak = self.phases.setdefault(name, {"peak_device_bytes": 0, "peak_host_bytes": 0, "owners": {}})
         self.add(DEVICE, "activations", 0)
 
