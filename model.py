@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import http.client
 import inspect
 import json
 import math
@@ -23,6 +24,7 @@ import signal
 import struct
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -554,7 +556,7 @@ def read_safetensors(path):
         return {name: torch.frombuffer(data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]),
                                        offset=start + t["data_offsets"][0]).view(t["shape"])
                 for name, t in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError) as error:
         raise SystemExit(f"{path}: not a readable safetensors file ({error}).") from None
 
 
@@ -589,20 +591,129 @@ def save_model(folder, model):
     write_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+       "gpt2-xl": (48, 25, 1600)}  # layers, heads, width
+BY_HAND = """{error}
+Without the hub: put config.json and model.safetensors of https://huggingface.co/openai-community/{name} into a
+folder and give that folder in place of {name}. (HF_HOME names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account.)"""
+
+
+def hub_folder(name):
+    """A model of the hub by name -> its folder in the hub's local cache, downloaded if it is not there."""
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or cache)
+    for repo in f"models--openai-community--{name}", f"models--{name}":
+        for folder in (cache / repo / "snapshots").glob("*"):
+            if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+                return folder
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise SystemExit(BY_HAND.format(name=name, error=f"{name} is not in {cache}, and HF_HUB_OFFLINE is set."))
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    folder = cache / f"models--openai-community--{name}" / "snapshots" / "main"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("model.safetensors", "config.json"):  # the small one last: with it the folder is whole
+        try:
+            download(f"{endpoint}/openai-community/{name}/resolve/main/{file}", folder / file)
+        except OSError as error:
+            raise SystemExit(BY_HAND.format(name=name, error=f"{file} of {name}: {error}")) from None
+    return folder
+
+
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """The hub answers with a redirect whose headers tell the file's size and SHA-256."""
+    def redirect_request(self, request, fp, code, message, headers, url):
+        self.linked = headers
+        return super().redirect_request(request, fp, code, message, headers, url)
+
+
+def download(url, path, attempts=5):
+    """Fetch url to path, whole or not at all; what a broken connection left in path.part is gone on with.
+    Raises OSError with what went wrong."""
+    part = path.with_name(path.name + ".part")
+    for attempt in range(attempts):
+        have, redirect = part.stat().st_size if part.exists() else 0, _Redirect()
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        if os.environ.get("HF_TOKEN"):  # not to be sent along to where a redirect leads
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+        redirect.linked = {}
+        try:
+            with urllib.request.build_opener(redirect).open(request, timeout=30) as answer:
+                have = have if answer.status == 206 else 0
+                size = have + int(answer.headers.get("Content-Length") or 0)
+                size = int(redirect.linked.get("X-Linked-Size") or answer.headers.get("X-Linked-Size") or size)
+                digest = (redirect.linked.get("X-Linked-Etag") or answer.headers.get("X-Linked-Etag") or "").strip('"')
+                with open(part, "ab" if have else "wb") as f, tqdm(desc=path.name, total=size, initial=have, unit="B",
+                                                                   unit_scale=True, disable=None) as bar:
+                    while piece := answer.read(2**20):
+                        f.write(piece)
+                        bar.update(len(piece))
+            have = part.stat().st_size
+            if have < size:
+                raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
+            if have > size or len(digest) == 64 and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
+                part.unlink()
+                raise ConnectionError("what came is not what was announced (size or SHA-256)")
+            return part.replace(path)
+        except (OSError, http.client.HTTPException) as error:
+            code = 0
+            if isinstance(error, urllib.error.HTTPError):
+                code = error.code
+                error.close()
+            if code == 416:  # what is there does not fit: begin again
+                part.unlink()
+            elif 400 <= code < 500:
+                raise OSError(f"the hub answers {code} ({'set HF_TOKEN' if code in (401, 403) else 'not there'})") from None
+            elif attempt + 1 == attempts:
+                raise OSError(f"{error}. The same command goes on where this one stopped.") from None
+            time.sleep(2**attempt)
+
+
+def read_weights(folder):
+    """name -> tensor from whichever files a folder of the hub has: whole, sharded, or PyTorch's own (no code runs)."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
+    if index.exists():
+        tensors = {}
+        for file in sorted(set(read_json(index)["weight_map"].values())):
+            tensors |= read_safetensors(folder / Path(file).name)
+        return tensors
+    try:
+        return torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle's are many
+        raise SystemExit(f"{folder}/pytorch_model.bin: not readable without running its code "
+                         f"({type(error).__name__}).") from None
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise SystemExit(f"{path}: not readable as JSON ({error}).") from None
+    require(isinstance(value, dict), f"{path}: not a JSON object.")
+    return value
+
+
 def read_config(folder):
     """A folder in the hub's layout -> the GPTConfig of its config.json."""
     folder = Path(folder)
-    if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
+    files = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+    if not (folder / "config.json").exists() or not any((folder / file).exists() for file in files):
         before = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
         remedy = f'Run "python {before}" first.' if before else "It should hold config.json and model.safetensors."
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
-        raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {config.get('model_type')} with "
-                         f"{config.get('activation_function')}.")
+    config = read_json(folder / "config.json")
+    kind, activation = config.get("model_type"), config.get("activation_function", "gelu_new")
+    if kind != "gpt2" or activation not in ("gelu_new", "gelu_pytorch_tanh"):  # two names of one function
+        raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {kind} with {activation}.")
     tokenizer = config.get("tokenizer", "gpt2")
     require(tokenizer in VOCABULARY, f"{folder}: tokenizer {tokenizer} is unknown; tiny and gpt2 are there.")
-    sizes = (config[name] for name in ("n_positions", "n_layer", "n_head", "n_embd"))
+    sizes = [config.get(name) for name in ("n_positions", "n_layer", "n_head", "n_embd")]
+    require(all(isinstance(n, int) and 0 < n < 10**6 for n in sizes) and sizes[3] % sizes[2] == 0,
+            f"{folder}/config.json: n_positions, n_layer, n_head, n_embd = {sizes}: not a GPT-2's sizes.")
+    weights = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")) / 2
+    require(12 * sizes[1] * sizes[3] ** 2 <= weights,
+            f"{folder}: {sizes[1]} layers of width {sizes[3]} (config.json) are more than model.safetensors holds.")
     return GPTConfig(VOCABULARY[tokenizer], *sizes, tokenizer)
 
 
@@ -613,9 +724,13 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
     A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old
     ones.
     """
-    folder, model = Path(folder), cls(read_config(folder))
+    folder = hub_folder(folder) if folder in HUB and not Path(folder).exists() else Path(folder)
+    model, tensors = cls(read_config(folder)), read_weights(folder)
     want, have = model.state_dict(), {}
-    for name, t in read_safetensors(folder / "model.safetensors").items():
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
+    require(head is None or embedding is None or torch.equal(head, embedding),
+            f"{folder}: lm_head.weight differs from wte.weight; only GPT-2's tied head is known here.")
+    for name, t in tensors.items():
         name = name.removeprefix("transformer.")
         if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
             continue  # the causal mask as a buffer (not c_attn.bias!); the tied head
@@ -634,10 +749,6 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
                          f"{', '.join(sorted(wrong)[:5])}.")
     model.load_state_dict(have)
     return model.to(device, dtype)
-
-
-HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-       "gpt2-xl": (48, 25, 1600)}  # layers, heads, width
 
 
 @owner("weights")

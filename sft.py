@@ -23,7 +23,7 @@ from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demon
 
 @dataclass(slots=True)
 class Config:
-    init: str = "scratch"       # random weights, or a checkpoint folder
+    init: str = "scratch"       # random weights; gpt2, -medium, -large or -xl of the hub; or a folder
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4

@@ -9,6 +9,8 @@ import dataclasses
 import errno
 import functools
 import gzip
+import hashlib
+import http.server
 import io
 import json
 import math
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import weakref
@@ -587,6 +590,133 @@ class Tokens(InFolder):
         self.assertLess(padded / sum(lengths), 1.1)
         self.assertNotEqual(out, m.batches(lengths, 16, seed=0, epoch=1))
         self.assertEqual(m.batch_at(63, lengths, 16, 0), m.batches(lengths, 16, 0, 1)[0])
+
+
+# --- weights in ---------------------------------------------------------------------------------------------
+
+class Hub(InFolder):
+    """A server on this machine that behaves as the hub does on its worse days."""
+    def setUp(self):
+        super().setUp()
+        net = tiny()
+        m.save_model(self.root / "files", net)
+        self.files, self.net, self.requests = self.root / "files", net, []
+        self.misbehave = []  # what to do wrong, request by request
+        test = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                test.requests.append((self.path, dict(self.headers)))
+                wrong = test.misbehave.pop(0) if test.misbehave else None
+                if isinstance(wrong, int):
+                    return self.send_error(wrong)
+                data = (test.files / Path(self.path).name).read_bytes()
+                digest = hashlib.sha256(data).hexdigest()
+                if self.path.startswith("/openai"):  # as the hub: a redirect that knows size and hash
+                    self.send_response(302)
+                    self.send_header("Location", f"/store/{Path(self.path).name}")
+                    self.send_header("X-Linked-Size", str(len(data) + (wrong == "size")))
+                    self.send_header("X-Linked-Etag", f'"{digest if wrong != "hash" else "0" * 64}"')
+                    return self.end_headers()
+                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:start + 60_000] if wrong == "drop" else data[start:])
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        for patch in (mock.patch.dict(os.environ, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                                   "HF_HOME": str(self.root / "cache"), "HF_TOKEN": "secret"}),
+                      mock.patch.object(m.time, "sleep")):
+            patch.start()
+            self.addCleanup(patch.stop)
+        for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+            os.environ.pop(name, None)
+
+    def same(self, net):
+        return all(torch.equal(p, q) for p, q in zip(net.parameters(), self.net.parameters()))
+
+    def test_a_name_is_downloaded_once_and_then_found(self):
+        self.assertTrue(self.same(m.load_model("gpt2")))
+        n = len(self.requests)
+        self.assertTrue(self.same(m.load_model("gpt2")))
+        self.assertEqual(len(self.requests), n)
+        tokens = {path: headers.get("Authorization") for path, headers in self.requests}
+        self.assertEqual({v for k, v in tokens.items() if k.startswith("/openai")}, {"Bearer secret"})
+        self.assertEqual({v for k, v in tokens.items() if k.startswith("/store")}, {None})  # not sent along
+
+    def test_a_broken_connection_is_gone_on_with(self):
+        self.misbehave = [None, "drop", 503, None, "drop"]
+        self.assertTrue(self.same(m.load_model("gpt2")))
+        ranges = [headers.get("Range") for path, headers in self.requests if path == "/store/model.safetensors"]
+        self.assertEqual(ranges[:3], [None, "bytes=60000-", "bytes=120000-"])
+        self.assertEqual(list((self.root / "cache").rglob("*.part")), [])
+
+    def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(self):
+        for wrong, words in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"), ([404], "404"),
+                             ([401], "HF_TOKEN"), ([503] * 5, "503")):
+            self.misbehave = list(wrong)
+            self.refuses(words, "config.json and model.safetensors", call=lambda: m.load_model("gpt2"))
+            self.assertEqual(list((self.root / "cache").rglob("model.safetensors")), [])
+        with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+            self.refuses("HF_HUB_OFFLINE", call=lambda: m.load_model("gpt2"))
+
+    def test_every_variant_of_a_folder_loads(self):
+        tensors = m.read_safetensors(self.files / "model.safetensors")
+        variant = self.root / "variant"
+        def write(files, extra={}):
+            shutil.rmtree(variant, ignore_errors=True)
+            variant.mkdir()
+            shutil.copy(self.files / "config.json", variant)
+            for name, part in files.items():
+                m.write_safetensors(variant / name, part)
+        bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        causal = {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor([-1e4])}
+        half = dict(list(bare.items())[:9]), dict(list(bare.items())[9:])
+        for files in ({"model.safetensors": bare | causal}, {"model.safetensors": tensors | {
+                "lm_head.weight": tensors["transformer.wte.weight"]}}, {"a.safetensors": half[0], "b.safetensors": half[1]}):
+            write(files)
+            if "a.safetensors" in files:
+                where = {name: "a.safetensors" if name in half[0] else "b.safetensors" for name in bare}
+                (variant / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+            self.assertTrue(self.same(m.load_model(variant)))
+        write({})
+        torch.save({name: t.clone() for name, t in tensors.items()}, variant / "pytorch_model.bin")
+        self.assertTrue(self.same(m.load_model(variant)))
+        for dtype in (torch.float16, torch.bfloat16):
+            write({"model.safetensors": {name: t.to(dtype) for name, t in tensors.items()}})
+            self.assertLess((m.load_model(variant).wpe.weight - self.net.wpe.weight).abs().max(), 0.02)
+
+    def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(self):
+        tensors, config = m.read_safetensors(self.files / "model.safetensors"), json.loads((self.files / "config.json").read_text())
+        variant = self.root / "variant"
+        variant.mkdir()
+        def refused(*words, config=config, tensors=tensors):
+            (variant / "config.json").write_text(json.dumps(config))
+            m.write_safetensors(variant / "model.safetensors", tensors)
+            self.refuses(*words, call=lambda: m.load_model(variant))
+        refused("llama", config=config | {"model_type": "llama"})
+        refused("relu", config=config | {"activation_function": "relu"})
+        refused("sizes", config=config | {"n_embd": 10**9})
+        refused("more than model.safetensors holds", config=config | {"n_layer": 5000})
+        refused("wte.weight", "tied", tensors=tensors | {"lm_head.weight": torch.zeros(1024, 32)})
+        refused("ln_f.bias", tensors={name: t for name, t in tensors.items() if "ln_f.bias" not in name})
+        refused("extra", tensors=tensors | {"extra": torch.zeros(1)})
+        (variant / "config.json").write_text("[1]")
+        self.refuses("config.json", call=lambda: m.load_model(variant))
+        (variant / "config.json").write_text(json.dumps(config))
+        (variant / "model.safetensors").unlink()
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(variant / "ran"),)
+        torch.save({"wte.weight": torch.zeros(10**5), "x": Evil()}, variant / "pytorch_model.bin")
+        self.refuses("pytorch_model.bin", call=lambda: m.load_model(variant))
+        self.assertFalse((variant / "ran").exists())
 
 
 # --- memory -------------------------------------------------------------------------------------------------
