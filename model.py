@@ -12,6 +12,7 @@ import codecs
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import http.client
 import inspect
@@ -104,6 +105,43 @@ class Tokenizer:
     def prompt(self, messages, room):
         """ids up to where the assistant begins to speak; a prompt longer than `room` loses its beginning."""
         return (self.render(messages)[0] + [self.assistant])[-room:]
+
+
+CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}<|assistant|>"
+                 "{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@functools.cache
+def tokenizer_files(name, n_positions):
+    """The tokenizer as transformers reads it -> {file name: JSON}; apply_chat_template() then gives render()'s ids."""
+    encoding = Tokenizer(name).encoding
+    # GPT-2 writes bytes as printable characters: these as they are, the others from 256 on
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = dict(zip(plain + [b for b in range(256) if b not in plain], map(chr, [*plain, *range(256, 324)])))
+    spell = lambda token: "".join(letters[b] for b in token)
+    ranks = encoding._mergeable_ranks
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:  # what were the last two parts? Merge as one does when encoding, lowest rank first.
+            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append([spell(part) for part in parts])
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for text, i in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
+    return {"tokenizer.json": {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
+        "decoder": level, "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+            "vocab": {spell(token): rank for token, rank in ranks.items()}, "merges": merges}},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>",
+            "model_max_length": n_positions, "chat_template": CHAT_TEMPLATE}}
 
 
 # --- the network: GPT-2, Radford et al. 2019 ----------------------------------------------------------------
@@ -581,14 +619,15 @@ def save_model(folder, model):
               "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": cfg.tokenizer}
     end = Tokenizer(cfg.tokenizer).end
-    config |= {"num_labels": 1, "pad_token_id": end} if scalar else {"eos_token_id": end}
+    config |= {"bos_token_id": end, "eos_token_id": end} | ({"num_labels": 1, "pad_token_id": end} if scalar else {})
     tensors = {}
     for name, p in merged(model).items():
         name = name if name.startswith("score.") else "transformer." + name
         tensors[name] = p.T if name.endswith(CONV1D) else p
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", lambda path: write_safetensors(path, tensors))
-    write_file(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    for name, content in {"config.json": config, **tokenizer_files(cfg.tokenizer, cfg.n_positions)}.items():
+        write_file(folder / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
@@ -995,6 +1034,8 @@ class Run:
 @dataclass(slots=True)
 class Config:
     model: str = "out/ppo"      # a checkpoint folder
+    compare: str = ""           # a second folder, to answer beside the first
+    reward: str = ""            # stage 2's folder, to score what is said
     prompt: str = ""            # answer this and leave
     max_new_tokens: int = 0     # 0: half of the context
     temperature: float = 0.7    # 0: always the most likely token
@@ -1006,34 +1047,75 @@ class Config:
 
 
 def reply(model, tokenizer, messages, cfg, generator):
-    """Streams the assistant's next turn to the terminal and returns its text."""
-    new = cfg.max_new_tokens or model.cfg.n_positions // 2
+    """Streams the assistant's next turn to the terminal and returns its text. Ctrl-C ends it."""
+    new, said = cfg.max_new_tokens or model.cfg.n_positions // 2, []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-    show = lambda _, t: print(decoder.decode(tokenizer.bytes([t])), end="", flush=True)
+
+    def show(_, token):
+        said.append(token)
+        print(decoder.decode(tokenizer.bytes([token])), end="", flush=True)
     prompt = tokenizer.prompt(messages, model.cfg.n_positions - new)  # a full context loses its oldest part
-    ids, = generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator, show)
+    try:
+        generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator, show)
+    except KeyboardInterrupt:
+        pass
     print(decoder.decode(b"", final=True))
-    return tokenizer.decode(ids)
+    return tokenizer.decode(said)
+
+
+@torch.no_grad()
+def score_of(judge, tokenizer, messages):
+    """What the reward model makes of a dialogue's last turn."""
+    ids = tokenizer.render(messages)[0][-judge.cfg.n_positions:]
+    idx, length = torch.tensor([ids]).to(judge.device), torch.tensor([len(ids)]).to(judge.device)
+    return judge.last(idx, length).item()
 
 
 def main(cfg):
     require(0 <= cfg.temperature, f"--temperature={cfg.temperature}: at least 0.")
     require(0 < cfg.top_p <= 1, f"--top_p={cfg.top_p}: above 0, at most 1.")
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model = load_model(cfg.model, GPT, device, dtype)
-    require(cfg.max_new_tokens < model.cfg.n_positions, f"--max_new_tokens={cfg.max_new_tokens}: the context has "
-            f"{model.cfg.n_positions} positions.")
-    tokenizer, generator = Tokenizer(model.cfg.tokenizer), rng(cfg.seed)
+    folders = [folder for folder in (cfg.model, cfg.compare) if folder]
+    models = [load_model(folder, GPT, device, dtype) for folder in folders]
+    judge = load_model(cfg.reward, Scorer, device, dtype) if cfg.reward else None
+    names = {net.cfg.tokenizer for net in [*models, *filter(None, [judge])]}
+    require(len(names) == 1, f"--compare, --reward: their tokenizers differ ({', '.join(sorted(names))}).")
+    require(cfg.max_new_tokens < min(net.cfg.n_positions for net in models),
+            f"--max_new_tokens={cfg.max_new_tokens}: the context has {models[0].cfg.n_positions} positions.")
+    tokenizer, generator, dialogues = Tokenizer(names.pop()), rng(cfg.seed), [[] for _ in models]
+
+    def answer(text):
+        for folder, net, messages in zip(folders, models, dialogues):
+            messages.append({"role": "user", "content": text})
+            if len(models) > 1:
+                print(f"{folder}: ", end="")
+            messages.append({"role": "assistant", "content": reply(net, tokenizer, messages, cfg, generator)})
+            if judge:
+                print(f"    (score {score_of(judge, tokenizer, messages):+.2f})")
+        return dialogues[0][-1]["content"]
     if cfg.prompt:
-        return reply(model, tokenizer, [{"role": "user", "content": cfg.prompt}], cfg, generator)
-    print("Ctrl-D leaves.")
-    messages = []
+        return answer(cfg.prompt)
+    try:
+        import readline  # noqa: F401  (arrow keys, where Python has it)
+    except ImportError:
+        pass
+    print("/reset forgets, /save FILE keeps the dialogue, Ctrl-C ends a reply, Ctrl-D leaves.")
     while True:
         try:
-            messages.append({"role": "user", "content": input("> ")})
+            text = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, cfg, generator)})
+        command, _, file = text.partition(" ")
+        if command == "/reset":
+            dialogues[:] = [[] for _ in models]
+        elif command == "/save":
+            try:
+                Path(file or "chat.json").write_text(json.dumps(dialogues, indent=2, ensure_ascii=False) + "\n")
+                print(f"saved to {file or 'chat.json'}")
+            except OSError as error:
+                print(f"{file}: could not be written ({error.strerror})")
+        elif text:
+            answer(text)
 
 
 if __name__ == "__main__":

@@ -551,6 +551,23 @@ class Tokens(InFolder):
             self.assertTrue(all(i < tokenizer.user for i in ids))
         self.assertEqual(tokenizer.vocab_size % 64, 0)
 
+    def test_the_tokenizer_that_transformers_reads_gives_the_same_ids(self):
+        import regex  # tiktoken depends on it
+        tokenizer, texts = Tokenizer("tiny"), ["What is 2 plus 3?", " Hello, World!! It's  fine.", "naïve 漢字 😀\n\n x"]
+        model = m.tokenizer_files("tiny", 64)["tokenizer.json"]["model"]
+        ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
+        spelled = {i: text for text, i in model["vocab"].items()}
+        letter = {bytes: spelled[i] for bytes, i in tokenizer.encoding._mergeable_ranks.items() if len(bytes) == 1}
+        for text in texts:  # BPE from the merges alone, word by word
+            ids = []
+            for word in regex.findall(tokenizer.encoding._pat_str, text):
+                parts = [letter[bytes([b])] for b in word.encode()]
+                while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]:
+                    _, i = min(pairs)
+                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
+                ids += [model["vocab"][part] for part in parts]
+            self.assertEqual(ids, tokenizer.encode(text))
+
     def test_gpt2_encoding_has_its_known_values(self):
         try:
             tokenizer = Tokenizer("gpt2")
@@ -1349,6 +1366,34 @@ class Stages(InFolder):
         cfg = m.Config(model=str(self.root / "out/sft"), prompt="Hello" * 100, dtype="float32", device="cpu")
         answer, text = quiet(m.main, cfg)
         self.assertIn(answer, text)
+
+    def test_the_chat_keeps_turns_resets_saves_compares_and_stops_at_ctrl_c(self):
+        m.save_model(self.root / "a", tiny())
+        m.save_model(self.root / "b", tiny(seed=1))
+        m.save_model(self.root / "judge", tiny(Scorer))
+        saved = self.root / "chat.json"
+        cfg = m.Config(model=str(self.root / "a"), compare=str(self.root / "b"), reward=str(self.root / "judge"),
+                       dtype="float32", device="cpu", max_new_tokens=8)
+        lines = iter(["Hi", "And?", f"/save {saved}", "/reset", "Bye", f"/save {self.root}/no/where", f"/save {saved}2"])
+
+        def typed(_):
+            for line in lines:
+                return line
+            raise EOFError
+        with mock.patch("builtins.input", typed):
+            _, text = quiet(m.main, cfg)
+        first, after = (json.loads(Path(file).read_text()) for file in (saved, f"{saved}2"))
+        self.assertEqual([[turn["role"] for turn in dialogue] for dialogue in first], [["user", "assistant"] * 2] * 2)
+        self.assertEqual([[turn["content"] for turn in dialogue][0] for dialogue in after], ["Bye", "Bye"])
+        self.assertEqual(text.count("(score "), 6)
+        self.assertIn("could not be written", text)
+
+        def interrupted(*args):
+            args[-1](0, Tokenizer("tiny").encode(" yes")[0])
+            raise KeyboardInterrupt
+        with mock.patch.object(m, "generate", interrupted):
+            answer, _ = quiet(m.main, dataclasses.replace(cfg, compare="", reward="", prompt="Well?"))
+        self.assertEqual(answer, " yes")
 
     def test_pretraining_on_text_reports_loss_per_character(self):
         (self.root / "book.txt").write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
