@@ -277,10 +277,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits = (h @ w.T).float()
                 here = ((t >= start) & (t < start + len(w))).squeeze(1)
                 picked += logits.gather(1, (t - start).clamp(0, len(w) - 1)).squeeze(1) * here
-                sums.append(logits.logsumexp(-1))
+                largest = logits.amax(-1)
+                logits.sub_(largest[:, None])  # from here on in place: what is not allocated takes no time
+                exp = logits.exp() if with_entropy else logits.exp_()
+                total = exp.sum(-1)
+                sums.append(total.log() + largest)
                 if with_entropy:
-                    means.append((logits.softmax(-1) * logits).sum(-1))
-                del logits
+                    means.append(exp.mul_(logits).sum(-1) / total + largest)
+                del logits, exp
         logsumexp = torch.stack(sums).logsumexp(0)
         logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         logprobs[rows], entropy = picked - logsumexp, torch.zeros_like(logprobs)
@@ -322,7 +326,7 @@ def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
     none. Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in
     nats, carries no gradient, and is computed on request.
     """
-    chunk = chunk or max(1024, 2**23 // max(1, targets.numel()))  # 32 MiB of float32 logits
+    chunk = chunk or max(1024, 2**22 // max(1, targets.numel()))  # 16 MiB of float32 logits
     flat = hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), chunk, entropy
     return tuple(x.view(targets.shape) for x in _TokenLogprobs.apply(*flat))
 
