@@ -1,16 +1,16 @@
 """Where the bytes live.
 
-Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of two
-moments. PPO trains two networks of four, which makes 16 + 16 + 4 + 4 = 40 bytes: for GPT-2 124M 4.6 GiB, before a
-single activation. These moves change no result, and each stands alone:
+Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of
+two moments. PPO trains two networks of four, which makes 16 + 16 + 4 + 4 = 40 bytes: for GPT-2 124M 4.6 GiB,
+before a single activation. These moves change no result, and each stands alone:
 
-    bfloat16                                   2 bytes a weight on the device; who needs 32 bits has them on the host
-    OffloadedAdamW(params, lr, ...)            there: 4 master + 4 gradient + 8 moments = 16, touched once a step
-    stream(model, device)                      the 2 bytes are on the host, too; two blocks at a time visit the device
-    checkpoint(function, *inputs)              of a block's activations, about 34 C bytes a token, keep its input, 2 C
-    token_logprobs(hidden, weight, targets)    no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB for GPT-2
-    lookup(weight, idx)                        no (vocabulary x C) gradient for the few rows that a batch has read
-    LoRA (in model.py)                         16 bytes for adapters only, and four models stand on two trunks
+    bfloat16                                 2 bytes a weight on the device; 32 bits, where needed, on the host
+    OffloadedAdamW(params, lr, ...)          there: 4 master + 4 gradient + 8 moments = 16, touched once a step
+    stream(model, device)                    the 2 bytes on the host, too; two blocks at a time visit the device
+    checkpoint(function, *inputs)            of a block's activations, 34 C bytes a token, keep its input, 2 C
+    token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB for GPT-2
+    lookup(weight, idx)                      no (vocabulary x C) gradient for the few rows that a batch has read
+    LoRA (in model.py)                       16 bytes for adapters only, and four models stand on two trunks
 
 `dry_run` counts all of it, for any size, without a GPU and without the memory.
 """
