@@ -11,17 +11,24 @@ before a single activation. These moves change no result, and each stands alone:
     token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB for GPT-2
     lookup(weight, idx)                      no (vocabulary x C) gradient for the few rows that a batch has read
     LoRA (in model.py)                       16 bytes for adapters only, and four models stand on two trunks
+    shard(model, device)                     under torchrun: each of N processes keeps an N-th of all of it
 
 `dry_run` counts all of it, for any size, without a GPU and without the memory.
 """
+import functools
+import os
+import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from itertools import cycle, islice
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,6 +52,113 @@ def phase(name):
     """What follows is the rollout, the scoring, the update."""
     for meter in METERS:
         meter.phase(name)
+
+
+# --- many processes: torchrun starts them, torch's FSDP shards, Zhao et al. 2023, arXiv:2304.11277 -------------
+
+# Every process draws the same batches from the same seed and works on its rows, [RANK::WORLD]. Sums over a batch
+# are sums over processes, so N of them follow one's course.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+QUIET = True if RANK else None  # tqdm's `disable`: one bar is enough, and only where somebody looks
+
+
+def join(kind):
+    """Take part in the job -> this process's device. Only the first process prints."""
+    if WORLD == 1:
+        return torch.device(kind)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return device
+
+
+def leave():
+    """The job is done: wait for the others, then part."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@functools.cache
+def mesh(kind):
+    return dist.init_device_mesh(kind, (WORLD,))
+
+
+@contextmanager
+def first_alone():
+    """The first process goes ahead, the others follow when it is done."""
+    if RANK:
+        dist.barrier()
+    yield
+    if WORLD > 1 and not RANK:
+        dist.barrier()
+
+
+def shard(model, device):
+    """Under torchrun: this process keeps its rows of each matrix; a block is whole only while it computes."""
+    if WORLD > 1:
+        for module in (*model.h, model):
+            fully_shard(module, mesh=mesh(device.type))
+            module.set_force_sum_reduction_for_comms(True)  # losses are divided by the whole batch already
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+@contextmanager
+def gathered(model):
+    """The whole model on every process, for replies: each takes as many steps as it likes, and waits for nobody."""
+    modules = (*model.h, model) if isinstance(model, FSDPModule) else ()
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def spread(function, items):
+    """[function(x) for x in items], the work divided among the processes, the results known to all. The last
+    items are done twice where they do not divide: all have to meet in the same number of collective steps."""
+    if WORLD == 1:
+        return [function(x) for x in items]
+    rounds, results = -(-len(items) // WORLD), [None] * WORLD
+    mine = [function(x) for x in list(islice(cycle(items), rounds * WORLD))[RANK::WORLD]]
+    dist.all_gather_object(results, _map(torch.Tensor.cpu, mine))
+    return [x for round in zip(*results) for x in round][:len(items)]
+
+
+def summed(*numbers):
+    """Each number's sum over the processes."""
+    if WORLD == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def part_of(tensor, p):
+    """What this process keeps of a tensor that is laid out as the parameter p."""
+    if not isinstance(p, DTensor):
+        return tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def whole(part, p):
+    """The opposite of part_of, on the CPU. All processes have to ask for it."""
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
+
+
+def local(tensor):
+    """The part that lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # --- gradient checkpointing: Chen et al. 2016, arXiv:1604.06174 ---------------------------------------------
@@ -96,22 +210,24 @@ class OffloadedAdamW:
     together; the gradients of micro-batches add up on the host in float32. Same trajectory as
     torch.optim.AdamW on float32 weights. Weight decay applies to matrices, not to biases and LayerNorm.
 
-    host="cpu" offloads; host=None keeps masters, moments and gradients beside the weights.
+    host="cpu" offloads; host=None keeps masters, moments and gradients beside the weights. Of a sharded model
+    it has this process's part only; its state_dict() has the whole.
     """
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, host="cpu"):
         self.params = [p for p in params if p.requires_grad]
+        self.parts = [local(p.detach()) for p in self.params]  # the same memory
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         with owner("optimizer"):
             # .to() copies only if it has to: float32 weights on the host are their own masters.
-            self.masters = [p.detach().to(host or p.device).float() for p in self.params]
+            self.masters = [p.to(host or p.device).float() for p in self.parts]
             self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m) for m in self.masters] for _ in range(2))
             self.steps = [torch.zeros((), device=m.device) for m in self.masters]
             self.staging = torch.empty(0)
         for p, master in zip(self.params, self.masters):
             with owner("gradients"):
                 master.grad = torch.zeros_like(master)
-            p.collect = partial(self._collect, master)
-            p.register_post_accumulate_grad_hook(partial(hand_over, p))
+            p.collect = functools.partial(self._collect, master)
+            p.register_post_accumulate_grad_hook(functools.partial(hand_over, p))
 
     def _staged(self, like):
         """What crosses the bus does so through one buffer on the host, pinned if there is a GPU. Copies to it
@@ -124,6 +240,7 @@ class OffloadedAdamW:
 
     def _collect(self, master, grad, rows=None):
         """Add a finished gradient, or that of some rows (a slice, or indices that may repeat), to the sum."""
+        grad = local(grad)
         if grad.device != master.device:
             grad = self._staged(grad).copy_(grad)
         if isinstance(rows, torch.Tensor):
@@ -135,7 +252,10 @@ class OffloadedAdamW:
     def step(self, lr, grad_clip=0.0):
         """Clip by the global norm (0: no clipping), update, hand the weights back. Returns the norm before
         clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, grad_clip or float("inf"))
+        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters])
+        if WORLD > 1:
+            norm = norm.new_tensor(summed(norm.item() ** 2)[0] ** 0.5)
+        torch.nn.utils.clip_grads_with_norm_(self.masters, grad_clip or float("inf"), norm)
         for decay in (True, False):  # torch's fused kernel does the arithmetic
             group = [i for i, m in enumerate(self.masters) if (m.dim() >= 2) == decay]
             pick = lambda tensors: [tensors[i] for i in group]
@@ -149,21 +269,27 @@ class OffloadedAdamW:
         return norm.item()
 
     def _publish(self):
-        for p, master in zip(self.params, self.masters):
-            if p.device != master.device:
-                p.copy_(self._staged(p).copy_(master))
-            elif p.dtype != master.dtype:
-                p.copy_(master)
+        for part, master in zip(self.parts, self.masters):
+            if part.device != master.device:
+                part.copy_(self._staged(part).copy_(master))
+            elif part.dtype != master.dtype:
+                part.copy_(master)
 
+    STATE = "masters", "exp_avgs", "exp_avg_sqs"
+
+    @torch.no_grad()
     def state_dict(self):
-        return {name: getattr(self, name) for name in ("masters", "exp_avgs", "exp_avg_sqs", "steps")}
+        state = {name: [whole(*pair) for pair in zip(getattr(self, name), self.params)] for name in self.STATE}
+        return state | {"steps": self.steps}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         """Copies into the tensors that are there: nothing changes its type or its place."""
-        for name, tensors in self.state_dict().items():
-            for tensor, saved in zip(tensors, state[name], strict=True):
-                tensor.copy_(saved)
+        for name in self.STATE:
+            for tensor, saved, p in zip(getattr(self, name), state[name], self.params, strict=True):
+                tensor.copy_(part_of(saved, p))
+        for step, saved in zip(self.steps, state["steps"], strict=True):
+            step.copy_(saved)
         self._publish()
 
 
@@ -210,7 +336,7 @@ class _Visit:
             for name, p in self.blocks[self.i].named_parameters():
                 if p.requires_grad:
                     leaf = copies[name].requires_grad_()
-                    leaf.register_post_accumulate_grad_hook(partial(hand_over, p))
+                    leaf.register_post_accumulate_grad_hook(functools.partial(hand_over, p))
         # The copies die with the last reference, here or at the end of backward. Their memory was allocated
         # for the current stream and was last used there: whoever gets it next is queued behind.
         return torch.func.functional_call(self.blocks[self.i], copies, inputs)
@@ -464,13 +590,13 @@ class dry_run(TorchDispatchMode):
         if not (real or in_place or function.is_view):
             key = function, _frozen(args), _frozen(list(kwargs.items()))
         if key in self.known:
-            out = _map(lambda make: make(), self.known[key], partial)
+            out = _map(lambda make: make(), self.known[key], functools.partial)
         elif real or not in_place:
             out = function(*_map(value, list(args)), **{name: _map(value, x) for name, x in kwargs.items()})
         if in_place:
             return args[0] if function._schema.returns else None
         if key and key not in self.known:
-            self.known[key] = _map(lambda t: partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype,
+            self.known[key] = _map(lambda t: functools.partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype,
                                                      device=DEVICE), out)
         return _map(lambda t: self.wrap(t, place), out)
 

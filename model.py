@@ -35,9 +35,11 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from memory import DEVICE, OffloadedAdamW, checkpoint, dry_run, lookup, owner, pieces, stream, token_logprobs
+from memory import (DEVICE, QUIET, RANK, WORLD, OffloadedAdamW, checkpoint, dry_run, first_alone, gathered, join, leave, local, lookup,
+                    owner, part_of, pieces, spread, stream, summed, token_logprobs, whole)
 
 ROOT = Path(__file__).parent
 
@@ -340,8 +342,10 @@ class Scorer(GPT):
     def shift(self, by):
         """Add a constant to every score. It goes into the last LayerNorm's bias, so no file format has to
         know."""
-        w = self.score.weight[0].float()
-        self.ln_f.bias += (by * w / w.dot(w)).to(self.ln_f.bias.dtype)
+        if isinstance(self, FSDPModule):
+            self.reshard()
+        w, bias = whole(local(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
+        local(bias).add_(part_of((by * w / w.dot(w)).to(bias.dtype), bias))
 
 
 # --- generation ---------------------------------------------------------------------------------------------
@@ -398,19 +402,20 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-             on_token=None):
+             on_token=None, u=None):
     """prompts: lists of ids, of any lengths -> replies: lists of ids, with the `end` token where it was
     reached.
 
     One prefill of the right-padded prompts, then one token a step at each row's own position. Every row has
-    its own random numbers, so a reply does not depend on when its neighbours stop. on_token(row, id) sees
-    tokens as they come. Raises ValueError if a prompt is empty or leaves no room for the reply.
+    its own random numbers, so a reply does not depend on when its neighbours stop: u (B, max_new_tokens),
+    uniform in [0, 1), from the generator if not given. on_token(row, id) sees tokens as they come. Raises
+    ValueError if a prompt is empty or leaves no room for the reply.
     """
     cfg, device = model.cfg, model.device
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0 or longest + max_new_tokens > cfg.n_positions:
         raise ValueError(f"prompts of 1 to {cfg.n_positions - max_new_tokens} tokens fit, not {longest}")
-    u = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
+    u = (torch.rand(len(prompts), max_new_tokens, generator=generator) if u is None else u).to(device)
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
     idx = pad(prompts).to(device)
     cache = Cache(cfg, lengths, idx.size(1) + max_new_tokens, model.wpe.weight)
@@ -421,7 +426,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     with packed(model, len(prompts)):
         for step in range(max_new_tokens):
             with owner("logits"):
-                token = sample(model.logits(hidden), u[step, rows], temperature, top_k, top_p)
+                token = sample(model.logits(hidden), u[rows, step], temperature, top_k, top_p)
             for row, t in zip(rows.tolist(), token.tolist()):
                 replies[row].append(t)
                 if on_token:
@@ -442,13 +447,13 @@ def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=
     """generate() for any number of prompts: batches of similar length, in the order of `prompts` in the
     end."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    starts = tqdm(range(0, len(order), batch), desc="generating", leave=False, disable=QUIET)
+    with gathered(model):
+        parts = spread(lambda i: generate(model, [prompts[r] for r in order[i:i + batch]], max_new_tokens, end,
+                                          temperature, generator=rng(seed, i)), starts)
     replies = [None] * len(prompts)
-    for i in tqdm(range(0, len(order), batch), desc="generating", leave=False, disable=None):
-        rows = order[i:i + batch]
-        out = generate(model, [prompts[r] for r in rows], max_new_tokens, end, temperature,
-                       generator=rng(seed, i))
-        for r, reply in zip(rows, out):
-            replies[r] = reply
+    for r, reply in zip(order, (reply for part in parts for reply in part)):
+        replies[r] = reply
     return replies
 
 
@@ -601,7 +606,7 @@ def read_safetensors(path):
 def merged(model):
     """model's state_dict() with LoRA's adapters added to the matrices (which become float32), not beside
     them."""
-    state = model.state_dict()
+    state = {name: whole(local(t), t) for name, t in model.state_dict().items()}
     for name in [name for name in state if name.endswith("lora_a")]:
         weight = name.replace("lora_a", "weight")
         detour = state.pop(name.replace("lora_a", "lora_b")).float() @ state.pop(name).float()
@@ -624,6 +629,8 @@ def save_model(folder, model):
     for name, p in merged(model).items():
         name = name if name.startswith("score.") else "transformer." + name
         tensors[name] = p.T if name.endswith(CONV1D) else p
+    if RANK:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", lambda path: write_safetensors(path, tensors))
     for name, content in {"config.json": config, **tokenizer_files(cfg.tokenizer, cfg.n_positions)}.items():
@@ -763,7 +770,8 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
     A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old
     ones.
     """
-    folder = hub_folder(folder) if folder in HUB and not Path(folder).exists() else Path(folder)
+    with first_alone():  # one download is enough
+        folder = hub_folder(folder) if folder in HUB and not Path(folder).exists() else Path(folder)
     model, tensors = cls(read_config(folder)), read_weights(folder)
     want, have = model.state_dict(), {}
     head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
@@ -827,7 +835,7 @@ def place(model, cfg, device):
             model.score.requires_grad_()
     if cfg.offload == "all":
         stream(model, device)
-    else:
+    elif WORLD == 1:  # otherwise shard() brings a block at a time, or its part of it
         model.to(device)
     return model
 
@@ -892,6 +900,9 @@ def check_common(cfg):
     require(cfg.microbatch == 0 or cfg.batch % cfg.microbatch == 0,
             f"--batch={cfg.batch} does not divide by --microbatch={cfg.microbatch}.")
     require(Path(cfg.out).resolve() != Path(cfg.init).resolve(), f"--out={cfg.out} would overwrite --init.")
+    require(cfg.batch % WORLD == 0, f"--batch={cfg.batch} does not divide by {WORLD} processes.")
+    require(WORLD == 1 or cfg.offload != "all" and not cfg.dry_run,
+            "--offload=all and --dry_run are for one process; torchrun shards the weights instead.")
 
 
 def pick_device(device, dtype, dry=False):
@@ -901,10 +912,11 @@ def pick_device(device, dtype, dry=False):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        device = join(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device={device}: not usable here ({str(error).splitlines()[0]}).") from None
-    kind = torch.device(device).type
+    kind = device.type
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported()
     else:
@@ -916,8 +928,8 @@ def pick_device(device, dtype, dry=False):
     if dtype == "auto":
         dtype = "bfloat16" if has_bf16 else "float32"
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device {device} ({name}), {dtype} ({reason})")
-    return torch.device(device), getattr(torch, dtype)
+    print(f"device {device} ({name}), {dtype} ({reason})" + f", {WORLD} processes" * (WORLD > 1))
+    return device, getattr(torch, dtype)
 
 
 def memory_gb(device):
@@ -953,14 +965,14 @@ class Run:
     """What a training run leaves behind: log.jsonl, state.pt and the model, each whole at every moment.
 
     state.pt alone decides a resume: it holds the 32-bit weights, the optimizer and the step; every random
-    draw is a function of the seed and the step.
+    draw is a function of the seed and the step. Of many processes the first one writes.
     """
     MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # flags that no number depends on
 
     def __init__(self, cfg):
         self.cfg, self.out = dataclasses.asdict(cfg), Path(cfg.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.state, self.start, self.interrupted = None, 0, False
+        self.state, self.start, self.signals = None, 0, 0
         state, log = self.out / "state.pt", self.out / "log.jsonl"
         self.clock = time.time()
         if cfg.resume and state.exists():
@@ -975,9 +987,11 @@ class Run:
         else:
             if cfg.resume:
                 print(f"nothing to resume in {self.out}: starting at step 0")
-            state.unlink(missing_ok=True)  # an earlier run's: a later --resume must not take it for this one
+            if not RANK:  # an earlier run's: a later --resume must not take it for this one
+                state.unlink(missing_ok=True)
         kept = [line for line in log.read_text().splitlines() if self._is_past(line)] if log.exists() else []
-        write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+        if not RANK:
+            write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
 
     def _is_past(self, line):
         try:
@@ -987,6 +1001,8 @@ class Run:
         return self.state is not None and row.get("step", math.inf) <= self.start and "final" not in row
 
     def log(self, **numbers):
+        if RANK:
+            return
         with open(self.out / "log.jsonl", "a") as f:
             print(json.dumps(numbers), file=f)
 
@@ -994,7 +1010,8 @@ class Run:
         """state.pt first: the model's files can be made from it, not the other way round."""
         state = {"step": step, "cfg": self.cfg, **{k: v.state_dict() if hasattr(v, "state_dict") else v
                                                    for k, v in state.items()}}
-        write_file(self.out / "state.pt", lambda path: torch.save(state, path))
+        if not RANK:
+            write_file(self.out / "state.pt", lambda path: torch.save(state, path))
         self.save_model(model)
 
     def save_model(self, model):
@@ -1005,15 +1022,17 @@ class Run:
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
         print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
         self.log(step=step, **summary, final=True)
+        leave()
         return summary
 
     def __enter__(self):
         """Ctrl-C finishes the step and saves; a second one stops at once."""
         def handler(*_):
-            if self.interrupted:
+            self.signals += 1
+            if self.signals > 1:
                 raise KeyboardInterrupt
-            self.interrupted = True
-            print("\nfinishing this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
+            if not RANK:
+                print("\nfinishing this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
         try:
             self.old_handler = signal.signal(signal.SIGINT, handler)
         except ValueError:  # not in the main thread: nobody presses keys there
@@ -1024,8 +1043,12 @@ class Run:
         if self.old_handler:
             signal.signal(signal.SIGINT, self.old_handler)
 
+    def interrupted(self):
+        """Has any process been told to stop?"""
+        return summed(self.signals)[0] > 0
+
     def stop_if_interrupted(self):
-        if self.interrupted:
+        if self.interrupted():
             raise SystemExit(f"stopped and saved. The same command with --resume goes on.")
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import phase, token_logprobs
+from memory import QUIET, RANK, WORLD, gathered, phase, shard, spread, summed, token_logprobs
 from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate,
                    generate_many, is_good, load_model, make_model, masked_mean, memory_gb,
                    negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng, twin)
@@ -159,13 +159,18 @@ def rows_of(batch, rows):
     return {name: t[rows] if t.dim() == 1 else t[rows, :-(-T // 8) * 8] for name, t in batch.items()}
 
 
+def rows_at_once(cfg):
+    return cfg.microbatch or cfg.minibatch // WORLD
+
+
 def in_parts(function, batch, size):
     """function on `size` rows at a time; tensors, (B,) or (B, T), or tuples of them, joined again."""
-    parts, T = [], batch["idx"].size(1)
-    for i in range(0, len(batch["idx"]), size):
+    B, T = batch["idx"].shape
+
+    def part(i):
         out = function(rows_of(batch, slice(i, i + size)))
-        parts.append([x if x.dim() == 1 else F.pad(x, (0, T - x.size(1))) for x in out])
-    return tuple(map(torch.cat, zip(*parts)))
+        return [x if x.dim() == 1 else F.pad(x, (0, T - x.size(1))) for x in out]
+    return tuple(torch.cat(x).to(batch["idx"].device) for x in zip(*spread(part, range(0, B, size))))
 
 
 def texts(batch, tokenizer):
@@ -177,7 +182,7 @@ def scores_of(batch, reward_model, rows, tokenizer, cfg):
     penalty."""
     if reward_model:
         last = lambda b: (reward_model.last(b["idx"], b["lengths"]),)
-        scores, = in_parts(last, batch, cfg.microbatch or cfg.minibatch)
+        scores, = in_parts(last, batch, rows_at_once(cfg))
     else:
         good = [float(is_good(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
         scores = torch.tensor(good).to(batch["idx"].device)
@@ -189,11 +194,16 @@ def scores_of(batch, reward_model, rows, tokenizer, cfg):
 def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     """Let the policy answer `rows` -> the batch with everything that the update needs."""
     actor, reference, critic, reward_model = models
-    device, size = actor.device, cfg.microbatch or cfg.minibatch
+    device, size = actor.device, rows_at_once(cfg)
     phase("rollout")
-    prompts = [row["ids"] for row in rows]
-    replies = generate(actor, prompts, cfg.max_new_tokens, tokenizer.end, cfg.temperature,
-                       generator=rng(cfg.seed, "rollout", step))
+    prompts, replies = [row["ids"] for row in rows], [None] * len(rows)
+    u = torch.rand(len(rows), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
+    shares = [slice(rank, None, WORLD) for rank in range(WORLD)]
+    with gathered(actor):
+        parts = spread(lambda share: generate(actor, prompts[share], cfg.max_new_tokens, tokenizer.end,
+                                              cfg.temperature, u=u[share]), shares)
+    for share, part in zip(shares, parts):
+        replies[share] = part
     phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, device)
     mask = batch["mask"] = batch["targets"] >= 0
@@ -241,7 +251,7 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
             stats = defaultdict(float)
             n = batch["mask"][rows].sum()
             # In the batch neighbours are of similar length.
-            for part in rows.sort().values.split(cfg.microbatch or cfg.minibatch):
+            for part in rows.sort().values[RANK::WORLD].split(rows_at_once(cfg)):
                 b = rows_of(batch, part)
                 logprobs, _ = policy_logprobs(actor, b, cfg.temperature)
                 loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
@@ -254,9 +264,12 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
                     stats[name] += x.item() / n.item()
             if cfg.ptx_coef:  # ids, targets and mask of one draw
                 drawn = torch.randint(len(demonstrations), (cfg.minibatch,), generator=generator).tolist()
-                nll, count = negative_log_likelihood(actor, [demonstrations[i] for i in drawn], device)
+                drawn = [demonstrations[i] for i in drawn]
+                count = sum(t >= 0 for _, targets in drawn for t in targets)
+                nll, _ = negative_log_likelihood(actor, drawn[RANK::WORLD], device)
                 (cfg.ptx_coef * nll / count).backward()
                 stats["ptx_loss"] += nll.item() / count
+            stats = dict(zip(stats, summed(*stats.values())))
             require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
                     f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
                     "checkpoint.")
@@ -299,18 +312,17 @@ def complaints(log, dtype):
 def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the
     CPU."""
-    prompts, size = [row["ids"] for row in rows], max(1, cfg.batch // 2)
+    prompts, size = [row["ids"] for row in rows], rows_at_once(cfg)
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
     replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch, cfg.temperature)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
-    scores, kl = torch.empty(len(rows)), torch.empty(len(rows))
-    for i in range(0, len(order), size):
-        part = order[i:i + size]
-        batch = as_batch([prompts[j] for j in part], [replies[j] for j in part], tokenizer.end, model.device)
-        scores[part] = scores_of(batch, reward_model, [rows[j] for j in part], tokenizer, cfg).cpu()
-        if model is not reference:
-            gap = [policy_logprobs(m, batch, cfg.temperature)[0].sum(1) for m in (model, reference)]
-            kl[part] = (gap[0] - gap[1]).cpu()
+    batch = as_batch([prompts[i] for i in order], [replies[i] for i in order], tokenizer.end, model.device)
+    scores, kl = torch.zeros(len(rows)), torch.zeros(len(rows))
+    scores[order] = scores_of(batch, reward_model, [rows[i] for i in order], tokenizer, cfg).cpu()
+    if model is not reference:
+        logprobs, ref_logprobs = (in_parts(lambda b: policy_logprobs(m, b, cfg.temperature)[:1], batch, size)[0]
+                                  for m in (model, reference))
+        kl[order] = (logprobs - ref_logprobs).sum(1).cpu()
     return [tokenizer.decode(r) for r in replies], scores, kl
 
 
@@ -353,6 +365,7 @@ def check(cfg):
     check_common(cfg)
     require(cfg.batch % cfg.minibatch == 0,
             f"--batch={cfg.batch} does not divide by --minibatch={cfg.minibatch}.")
+    require(cfg.minibatch % WORLD == 0, f"--minibatch={cfg.minibatch} does not divide by {WORLD} processes.")
     require(cfg.microbatch == 0 or cfg.minibatch % cfg.microbatch == 0,
             f"--minibatch={cfg.minibatch} does not divide by --microbatch={cfg.microbatch}.")
     require(0 < cfg.max_new_tokens < cfg.block_size,
@@ -418,6 +431,8 @@ def main(cfg):
         return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     models, tokenizer = load_models(cfg, device, dtype)
+    for model in filter(None, models):
+        shard(model, device)
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
                       encode_demonstration(row, tokenizer, cfg.block_size)] if cfg.ptx_coef else None
@@ -432,7 +447,7 @@ def main(cfg):
         kl_coef = run.state["kl_coef"]
     say = tqdm.write
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "ppo", initial=run.start, total=cfg.steps, disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "ppo", initial=run.start, total=cfg.steps, disable=QUIET):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
@@ -471,7 +486,7 @@ def main(cfg):
                 for i in range(3):
                     say(f"    {rows[i]['prompt'][-1]['content'][-200:]!r} -> {replies[i]!r} "
                         f"(score {batch['scores'][i]:+.2f}, kl {gap[i].sum():.2f})")
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
+            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
                 run.save(done, models[0], actor=optimizers[0], critic=optimizers[1], kl_coef=kl_coef)
                 run.stop_if_interrupted()
 

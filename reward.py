@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import phase
+from memory import QUIET, RANK, WORLD, phase, shard, spread, summed
 from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model,
                    make_model, memory_gb, pad, parse_flags, pick_device, place, rehearse,
                    require)
@@ -67,7 +67,7 @@ def load_pairs(cfg, tokenizer):
         usable = [row for row in rows if row["chosen"] != row["rejected"]]
         if len(usable) < len(rows):
             print(f"dropped {len(rows) - len(usable)} pairs of equal replies")
-        for row in tqdm(usable, desc="encoding", leave=False, disable=None):
+        for row in tqdm(usable, desc="encoding", leave=False, disable=QUIET):
             row["ids"] = encode(row, tokenizer, cfg.block_size)
         # two dialogues that differ only in what was cut off are a tie, too
         out.append([row for row in usable if row["ids"][0] != row["ids"][1]])
@@ -111,10 +111,9 @@ def bradley_terry(chosen, rejected):
 def all_margins(model, rows, device, size):
     """margins() of many rows, in their order, as a tensor on the CPU."""
     order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i]["ids"])))
+    part = lambda i: margins(model, [rows[j]["ids"] for j in order[i:i + size]], device).cpu()
     out = torch.empty(len(rows))
-    for i in range(0, len(order), size):
-        part = order[i:i + size]
-        out[part] = margins(model, [rows[j]["ids"] for j in part], device).cpu()
+    out[order] = torch.cat(spread(part, range(0, len(order), size)))
     return out
 
 
@@ -161,12 +160,12 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
     if cfg.init == "scratch" or not prompts:
         return None
     sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
-    place(sft, replace(cfg, lora_rank=0), device)
+    shard(place(sft, replace(cfg, lora_rank=0), device), device)
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
     replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
     with torch.no_grad():
-        scores = [score(model, rows[i:i + cfg.batch], device) for i in range(0, len(rows), cfg.batch)]
+        scores = spread(lambda i: score(model, rows[i:i + cfg.batch], device), range(0, len(rows), cfg.batch))
     return torch.cat(scores).mean().item()
 
 
@@ -176,13 +175,14 @@ def learn(model, batch, cfg, device):
     """Gradients of the mean loss over a batch of (chosen ids, rejected ids) -> (that mean, pairs ranked
     right)."""
     loss, right, size = 0.0, 0, cfg.microbatch or cfg.batch
-    for i in range(0, len(batch), size):
-        chosen, rejected = pair_scores(model, batch[i:i + size], device)
+    mine = batch[RANK::WORLD]
+    for i in range(0, len(mine), size):
+        chosen, rejected = pair_scores(model, mine[i:i + size], device)
         part, penalty = bradley_terry(chosen, rejected)
         ((part + CENTER * penalty) / len(batch)).backward()
         loss += part.item() / len(batch)
         right += (chosen > rejected).sum().item()
-    return loss, right
+    return summed(loss, right)
 
 
 def iteration(cfg, device, dtype):
@@ -200,6 +200,7 @@ def main(cfg):
         return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, Scorer, device, dtype)
+    shard(model, device)
     train, val = load_pairs(cfg, tokenizer)
     lengths = [max(map(len, row["ids"])) for row in train]
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
@@ -211,7 +212,7 @@ def main(cfg):
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "reward", initial=run.start, total=cfg.steps, disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "reward", initial=run.start, total=cfg.steps, disable=QUIET):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, device)
             right += correct
@@ -235,7 +236,7 @@ def main(cfg):
                 say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
                 run.log(step=done, val_accuracy=accuracy)
                 clock, seen = time.time(), 0
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
+            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
                 run.save(done, model, optimizer=optimizer)
                 run.stop_if_interrupted()
 

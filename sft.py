@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data import prepare
-from memory import phase
+from memory import QUIET, RANK, WORLD, phase, shard, spread, summed
 from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demonstration, generate_many,
                    gold_score, make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device,
                    rehearse, require)
@@ -57,7 +57,7 @@ def load_examples(cfg, tokenizer):
     train, val = prepare.load(cfg.data, "sft")
     out = []
     for rows in (train, val):
-        examples = [e for row in tqdm(rows, desc="encoding", leave=False, disable=None)
+        examples = [e for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET)
                     for e in encode_demonstration(row, tokenizer, cfg.block_size)]
         usable = [(idx, targets) for idx, targets in examples if max(targets) >= 0]
         if len(usable) < len(examples):
@@ -77,8 +77,11 @@ def load_examples(cfg, tokenizer):
 def validate(model, examples, cfg, device):
     """-> (the sum of -log p over all held-out targets in nats, their number)."""
     rows, size = sorted(examples, key=lambda e: len(e[0])), cfg.microbatch or cfg.batch
-    parts = [negative_log_likelihood(model, rows[i:i + size], device) for i in range(0, len(rows), size)]
-    return sum(nll.item() for nll, _ in parts), sum(n for _, n in parts)
+
+    def part(i):
+        nll, n = negative_log_likelihood(model, rows[i:i + size], device)
+        return nll.item(), n
+    return tuple(map(sum, zip(*spread(part, range(0, len(rows), size)))))
 
 
 def samples(model, tokenizer, prompts, val, cfg, say, n=4):
@@ -98,12 +101,13 @@ def samples(model, tokenizer, prompts, val, cfg, say, n=4):
 def learn(model, batch, cfg, device):
     """Gradients of the mean loss over a batch of (idx, targets); returns that mean."""
     n, loss, size = sum(t >= 0 for _, targets in batch for t in targets), 0.0, cfg.microbatch or cfg.batch
-    for i in range(0, len(batch), size):
+    mine = batch[RANK::WORLD]
+    for i in range(0, len(mine), size):
         # Divided by the targets of the whole batch: the micro-batch size cannot change the gradient.
-        part = negative_log_likelihood(model, batch[i:i + size], device)[0] / n
+        part = negative_log_likelihood(model, mine[i:i + size], device)[0] / n
         part.backward()
         loss += part.item()
-    return loss
+    return summed(loss)[0]
 
 
 def iteration(cfg, device, dtype):
@@ -121,6 +125,7 @@ def main(cfg):
         return rehearse(cfg, iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, GPT, device, dtype)
+    shard(model, device)
     train, val, val_characters = load_examples(cfg, tokenizer)
     prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
     lengths = [len(idx) for idx, _ in train]
@@ -137,7 +142,7 @@ def main(cfg):
         say(f"before training: val_loss {nll / n:.4f} "
             f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "sft", initial=run.start, total=cfg.steps, disable=None):
+        for step in tqdm(range(run.start, cfg.steps), "sft", initial=run.start, total=cfg.steps, disable=QUIET):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, cfg, device)
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
@@ -162,7 +167,7 @@ def main(cfg):
                     run.log(step=done, val_loss=val_loss)
                 samples(model, tokenizer, prompts, val, cfg, say)
                 clock, seen = time.time(), 0
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted:
+            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
                 run.save(done, model, optimizer=optimizer)
                 run.stop_if_interrupted()
 

@@ -1403,7 +1403,8 @@ class Stages(InFolder):
         self.assertTrue(0 < result["val_loss_per_character"] < result["val_loss"])
 
 
-class Robustness(InFolder):
+class Commands(InFolder):
+    """Scripts as a user starts them, in processes of their own."""
     def setUp(self):
         super().setUp()
         write_data(self.root / "data")
@@ -1421,6 +1422,8 @@ class Robustness(InFolder):
             self.assertTrue(process.poll() is None and time.time() < deadline, "it ended before it could be killed")
             time.sleep(0.01)
 
+
+class Robustness(Commands):
     def test_killed_and_resumed_weights_are_bit_identical(self):
         for stage in (sft, reward, ppo):
             name = stage.__name__
@@ -1552,6 +1555,61 @@ class Robustness(InFolder):
         for damage in (data[:100], data[:-500], b"\xff" * 16, b""):
             path.write_bytes(damage)
             self.refuses("model.safetensors", call=lambda: m.load_model(path.parent))
+
+
+# --- many processes -----------------------------------------------------------------------------------------
+
+class Processes(Commands):
+    """torchrun and FSDP: on this machine with gloo, on CPUs."""
+    def torchrun(self, n, command):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        return subprocess.Popen([*start, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                cwd=ROOT, env=environment)
+
+    def test_two_processes_take_the_same_course_as_one(self):
+        changes = {sft: {"microbatch": 2}, reward: {"checkpoint": True, "offload": "optimizer"},
+                   ppo: {"ptx_coef": 0.5, "temperature": 0.7}}
+        for stage in (sft, reward, ppo):
+            alone, _ = quiet(stage.main, small(stage, self.root, **changes[stage]))
+            process = self.torchrun(2, self.command(stage, "two", **changes[stage]))
+            out, errors = process.communicate(timeout=120)
+            self.assertEqual(process.returncode, 0, errors)
+            self.assertEqual(out.count("2 processes"), 1)  # the first one speaks for all
+            one, two = ([json.loads(line) for line in (self.root / folder / "log.jsonl").read_text().splitlines()]
+                        for folder in (f"out/{stage.__name__}", "two"))
+            self.assertEqual(len(one), len(two))
+            for a, b in zip(one, two):
+                for name in a.keys() - {"seconds", "tokens_per_s", "memory_gb"}:
+                    close = a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name]))
+                    self.assertTrue(close, (stage.__name__, name, a, b))
+            states = [torch.load(self.root / folder / "state.pt", weights_only=True)
+                      for folder in (f"out/{stage.__name__}", "two")]
+            key = "actor" if stage is ppo else "optimizer"
+            for a, b in zip(*(state[key]["masters"] for state in states)):
+                self.assertLess((a - b).abs().max(), 2e-5)
+
+    def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(self):
+        quiet(sft.main, small(sft, self.root, steps=40))
+        command = self.command(sft, "killed", steps=40, lora_rank=0)
+        process = self.torchrun(2, command)
+        self.wait_for_step(process, self.root / "killed/log.jsonl", 5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        self.assertNotEqual(process.returncode, 0)
+        self.assertIn("SIGKILL", errors)
+        m.load_model(self.root / "killed")
+        done = self.run_it([*command, "--resume"])
+        self.assertIn("resuming", done.stdout, done.stderr)
+        one, two = (m.load_model(self.root / folder) for folder in ("out/sft", "killed"))
+        ids = random_ids(4, 16)
+        self.assertLess((one.logits(one(ids)) - two.logits(two(ids))).abs().max(), 1e-3)
+
+    def test_what_does_not_divide_among_the_processes_is_refused(self):
+        with mock.patch.object(m, "WORLD", 3):
+            self.refuses("--batch=8", "3 processes", call=lambda: m.check_common(small(sft, self.root)))
+            self.refuses("--offload=all", call=lambda: m.check_common(small(sft, self.root, batch=6, offload="all")))
 
 
 # --- bench: our side of the work that the peers are timed on -------------------------------------------------
