@@ -720,8 +720,10 @@ def read_weights(folder):
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")
     if index.exists():
-        tensors = {}
-        for file in sorted(set(read_json(index)["weight_map"].values())):
+        tensors, files = {}, read_json(index).get("weight_map")
+        require(isinstance(files, dict) and all(isinstance(file, str) for file in files.values()),
+                f"{index}: no weight_map from keys to files.")
+        for file in sorted(set(files.values())):
             tensors |= read_safetensors(folder / Path(file).name)
         return tensors
     try:
@@ -893,6 +895,9 @@ def check_common(cfg):
     require(cfg.tokenizer in VOCABULARY, f"--tokenizer={cfg.tokenizer}: unknown. Choose tiny or gpt2.")
     for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "seed", "lora_rank"):
         require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        require(f.type is not float or math.isfinite(value), f"--{f.name}={value}: not a finite number.")
     require(0 < cfg.lr < 1, f"--lr={cfg.lr}: between 0 and 1, often about 1e-4.")
     require(cfg.n_embd % cfg.n_head == 0, f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}.")
     require(cfg.offload in ("none", "optimizer", "all"), f"--offload={cfg.offload}: none, optimizer or all.")
@@ -961,6 +966,17 @@ def adamw(model, cfg, **kwargs):
     return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
 
 
+def read_state(path):
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(state["step"], int) and isinstance(state["cfg"], dict):
+            return state
+        error = "another program's file"
+    except Exception as caught:  # pickle's are many
+        error = type(caught).__name__
+    raise SystemExit(f"{path}: not a state to resume from ({error}). Delete it, or leave --resume, to begin anew.")
+
+
 class Run:
     """What a training run leaves behind: log.jsonl, state.pt and the model, each whole at every moment.
 
@@ -976,7 +992,7 @@ class Run:
         state, log = self.out / "state.pt", self.out / "log.jsonl"
         self.clock = time.time()
         if cfg.resume and state.exists():
-            self.state = torch.load(state, weights_only=True)
+            self.state = read_state(state)
             self.start = self.state["step"]
             for name, was in self.state["cfg"].items():
                 now = self.cfg.get(name)
@@ -989,16 +1005,17 @@ class Run:
                 print(f"nothing to resume in {self.out}: starting at step 0")
             if not RANK:  # an earlier run's: a later --resume must not take it for this one
                 state.unlink(missing_ok=True)
-        kept = [line for line in log.read_text().splitlines() if self._is_past(line)] if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        kept = [line for line in lines if self._is_past(line)]
         if not RANK:
             write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
 
     def _is_past(self, line):
         try:
             row = json.loads(line)
-        except ValueError:  # cut short by a kill
+            return self.state is not None and row["step"] <= self.start and "final" not in row
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill
             return False
-        return self.state is not None and row.get("step", math.inf) <= self.start and "final" not in row
 
     def log(self, **numbers):
         if RANK:

@@ -39,7 +39,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 70             # rollouts, each followed by `epochs` passes over it
+    steps: int = 75             # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 32         # replies per gradient step; must divide `batch`
     microbatch: int = 0         # replies at once, 0: a minibatch; changes memory, not the gradient
@@ -371,7 +371,12 @@ def check(cfg):
     require(0 < cfg.max_new_tokens < cfg.block_size,
             f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in --block_size={cfg.block_size}.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
-    require(cfg.score_clip > 0, f"--score_clip={cfg.score_clip}: above 0.")
+    for name in ("score_clip", "clip", "value_clip"):
+        require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: above 0.")
+    for name in ("kl_coef", "kl_target", "value_coef", "ptx_coef", "missing_eos_penalty"):
+        require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
+    for name in ("gamma", "lam"):
+        require(0 <= getattr(cfg, name) <= 1, f"--{name}={getattr(cfg, name)}: from 0 to 1.")
     for name in ("epochs", "best_of_n", "eval_prompts"):
         require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
 

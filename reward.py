@@ -34,7 +34,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 3000
+    steps: int = 3300
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 128       # tokens of context; longer dialogues lose their beginning
@@ -143,14 +143,13 @@ def calibration(margin, bins=5):
 
 
 def report(rows, margin):
-    """Print accuracy by skill and calibration; return (accuracy, ceiling)."""
-    table = accuracy_table(rows, margin)
+    """Print accuracy by skill and calibration; return (accuracy, ceiling, calibration)."""
+    table, bins = accuracy_table(rows, margin), calibration(margin)
     print(f"{'skill':20} {'pairs':>6} {'accuracy':>9} {'ceiling':>8}")
     for skill, (n, accuracy, ceiling) in table.items():
         print(f"{skill:20} {n:6} {accuracy:9.3f} {'unknown' if ceiling is None else f'{ceiling:.3f}':>8}")
-    bins = (f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in calibration(margin))
-    print("confidence: " + ", ".join(bins))
-    return table["all"][1:]
+    print("confidence: " + ", ".join(f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in bins))
+    return *table["all"][1:], bins
 
 
 def mean_score(model, cfg, tokenizer, device, dtype, n=512):
@@ -240,7 +239,10 @@ def main(cfg):
                 run.save(done, model, optimizer=optimizer)
                 run.stop_if_interrupted()
 
-    accuracy, ceiling = report(val, all_margins(model, val, device, size)) if val else (None, None)
+    accuracy = ceiling = None
+    if val:
+        accuracy, ceiling, bins = report(val, all_margins(model, val, device, size))
+        run.log(step=cfg.steps, calibration=bins)
     offset = mean_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:
         model.shift(-offset)

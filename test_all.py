@@ -15,6 +15,8 @@ import io
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import weakref
 from functools import partial
@@ -120,6 +123,13 @@ class InFolder(unittest.TestCase):
             quiet(call)
         for fragment in fragments:
             self.assertIn(fragment, str(caught.exception))
+
+
+def gpt2(test):
+    try:
+        return Tokenizer("gpt2")
+    except SystemExit:
+        test.skipTest("GPT-2's encoding is not here: set TIKTOKEN_CACHE_DIR or allow tiktoken a download")
 
 
 def a_rollout(temperature=1.0, seed=0):
@@ -569,10 +579,7 @@ class Tokens(InFolder):
             self.assertEqual(ids, tokenizer.encode(text))
 
     def test_gpt2_encoding_has_its_known_values(self):
-        try:
-            tokenizer = Tokenizer("gpt2")
-        except SystemExit:
-            self.skipTest("GPT-2's encoding is not here: set TIKTOKEN_CACHE_DIR or allow tiktoken a download")
+        tokenizer = gpt2(self)
         self.assertEqual(tokenizer.encode("Hello world"), [15496, 995])
         self.assertEqual(tokenizer.encode("\n\nHuman:"), [198, 198, 20490, 25])
         self.assertEqual((tokenizer.user, tokenizer.end, tokenizer.vocab_size), (50257, 50259, 50304))
@@ -1273,6 +1280,35 @@ class Data(InFolder):
         rows, _ = self.convert(*({"text": f"number {i}"} for i in range(100)), limit=10)
         self.assertEqual(len(rows["sft"]), 10)
 
+    def test_rows_of_too_many_tokens_are_dropped_and_counted(self):
+        count = lambda row: len(str(row))
+        with mock.patch.object(prepare, "token_counter", lambda: count):
+            rows, text = self.convert({"text": "short"}, {"text": "long " * 100}, max_tokens=50)
+        self.assertEqual([row["text"] for row in rows["sft"]], ["short"])
+        self.assertIn("dropped 1: sft of more than 50 tokens", text)
+        self.refuses("--max_tokens=-1", call=lambda: self.convert({"text": "x"}, max_tokens=-1))
+
+    def test_max_tokens_counts_all_that_is_said_in_gpt2s_tokens(self):
+        gpt2(self)
+        count = prepare.token_counter()
+        self.assertEqual(count({"text": "one two three"}), 3)
+        self.assertEqual(count({"messages": [user("one"), assistant(" two")]}), 2)
+        self.assertEqual(count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}), 4)
+
+    def test_memory_stays_flat_however_many_rows_there_are(self):
+        def peak(n):
+            path = self.root / "many.jsonl"
+            with open(path, "w") as f:
+                for i in range(n):
+                    print(json.dumps({"prompt": f"Question {i}?", "completion": f"Answer {i}."}), file=f)
+            tracemalloc.start()
+            quiet(prepare.main, [path], self.root / "many")
+            size = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return size
+        peak(10)
+        self.assertLess(peak(20_000), peak(2_000) + 100_000)
+
     def test_the_bundled_set_is_what_its_generator_makes(self):
         out = self.root / "tiny"
         out.mkdir()
@@ -1557,6 +1593,112 @@ class Robustness(Commands):
             self.refuses("model.safetensors", call=lambda: m.load_model(path.parent))
 
 
+# --- damage -------------------------------------------------------------------------------------------------
+
+FUZZ = int(os.environ.get("FUZZ", 100))  # random mutations of each kind: FUZZ=10000 python test_all.py Fuzz
+
+
+def damaged(data, draw, head=None):
+    """Bytes as a bad disk, a bad download or a bad hand would leave them; mostly in the first `head` of them."""
+    data = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 5))):
+        at, kind = draw.randrange(min(head or len(data), len(data)) or 1), draw.randrange(6)
+        if kind == 0:
+            data[at:at + 1] = draw.randbytes(1)
+        elif kind == 1:
+            data = data[:draw.randrange(len(data) + 1)]
+        elif kind == 2:
+            data[at:at] = bytes(draw.choices(b'{}[]",:0123456789 \n\\abcxyz-.', k=draw.randrange(1, 9)))
+        elif kind == 3:
+            del data[at:at + draw.randrange(1, 20)]
+        elif kind == 4:
+            data[at:at + 1] = draw.choice((b"-1", b"2147483648", b"1e999", b"null", b"NaN", b"true", b"[[]]", b'{"a":{}}'))
+        else:
+            data[at:at + 8] = draw.randbytes(8)
+    return bytes(data)
+
+
+class Fuzz(InFolder):
+    """Whatever is wrong with a file or a flag: one clear message, never a traceback, never another program's code."""
+    def survives(self, path, use, head=None):
+        whole, draw = path.read_bytes(), random.Random(path.name)
+        outcomes = {"used": 0, "refused": 0}
+        for i in range(FUZZ):
+            data = damaged(whole, draw, head)
+            path.write_bytes(data)
+            try:
+                quiet(use)
+                outcomes["used"] += 1
+            except SystemExit as error:
+                self.assertTrue(error.code and isinstance(error.code, str))
+                outcomes["refused"] += 1
+            except Exception as error:
+                raise AssertionError(f"{path.name}, mutation {i}: {data[:300]}") from error
+        path.write_bytes(whole)
+        quiet(use)
+        if "FUZZ" in os.environ:
+            print(f"{path.name}: {FUZZ:,} mutations, {outcomes}")
+
+    def test_checkpoints(self):
+        folder = self.root / "model"
+        m.save_model(folder, tiny(n_layer=1, n_embd=8))
+        load = lambda: m.load_model(folder)
+        self.survives(folder / "config.json", load)
+        self.survives(folder / "model.safetensors", load,
+                      8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little"))
+        tensors = m.read_safetensors(folder / "model.safetensors")
+        torch.save(dict(tensors), folder / "pytorch_model.bin")
+        m.write_safetensors(folder / "part.safetensors", tensors)
+        (folder / "model.safetensors").unlink()
+        self.survives(folder / "pytorch_model.bin", load)
+        (folder / "pytorch_model.bin").unlink()
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {name: "part.safetensors" for name in tensors}}))
+        self.survives(index, load)
+
+    def test_what_a_resume_reads(self):
+        write_data(self.root / "data")
+        quiet(sft.main, small(sft, self.root, steps=2, n_layer=1, n_embd=8))
+        cfg = small(sft, self.root, steps=2, n_layer=1, n_embd=8, resume=True)
+        for name in ("state.pt", "log.jsonl"):
+            self.survives(self.root / "out/sft" / name, lambda: m.Run(cfg))
+
+    def test_data(self):
+        write_data(self.root / "data")
+        for kind in prepare.KINDS:
+            path = self.root / "data" / f"{kind}.jsonl"
+            path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:5]))
+            self.survives(path, lambda: prepare.load(self.root / "data", kind))
+        records = [record[0] for record in FORMATS.values()]
+        lines = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in records)
+        for name, data in {"in.jsonl": lines.encode(), "in.json": json.dumps(records).encode(),
+                           "in.txt": lines.encode(), "in.jsonl.gz": gzip.compress(lines.encode())}.items():
+            (self.root / name).write_bytes(data)
+            self.survives(self.root / name, lambda: prepare.main([self.root / name], self.root / "out"))
+
+    def test_flags(self):
+        values = "", "0", "-1", "1", "3", "0.5", "1e999", "nan", "-inf", "yes", "all", "gpt2", "/", "..", "9" * 30
+        draw, passed = random.Random(0), 0
+        for i in range(FUZZ):
+            stage = draw.choice((sft, reward, ppo))
+            fields = [f.name for f in dataclasses.fields(stage.Config)]
+            argv = [f"--{draw.choice(fields)}{draw.choice(('=', '=', '=', '', '-', 'x='))}{draw.choice(values)}"
+                    for _ in range(draw.choice((1, 2, 4)))]
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    cfg = m.parse_flags(stage.Config, argv)
+                    quiet(ppo.check if stage is ppo else m.check_common, cfg)
+                    quiet(m.pick_device, cfg.device, cfg.dtype)
+            except SystemExit as error:
+                self.assertTrue(error.code, argv)
+                continue
+            passed += 1
+            for name in fields:
+                value = getattr(cfg, name)
+                self.assertFalse(isinstance(value, float) and not math.isfinite(value), (argv, name))
+        self.assertTrue(FUZZ / 50 < passed < FUZZ)
+
+
 # --- many processes -----------------------------------------------------------------------------------------
 
 class Processes(Commands):
@@ -1804,6 +1946,70 @@ def bench(names):
                 subprocess.run([sys.executable, __file__, "bench", name, size, dtype], check=True)
 
 
+# --- the README: every command, and every exercise that breaks something ------------------------------------
+
+# What makes a command short; a later flag of the same name wins.
+SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
+         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --max_new_tokens=12 --best_of_n=2 --eval_prompts=8"}
+SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
+
+
+def commands(text):
+    """The lines of a README that a reader would type."""
+    joined = re.sub(r"\\\n +", "", text)
+    lines = re.findall(r"^    (?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|git) .*$", joined, re.M)
+    return [re.sub(r" +#.*", "", line).strip() for line in lines]
+
+
+def exercises(text):
+    """-> [(file, old text, new text, name of the test that turns red), ...]"""
+    found = re.findall(r"In `(\w+\.py)`:\n\n((?:    [-+] .*\n)+)\n(?:.*\n)*?.*Red: `(test_\w+)`", text)
+    side = lambda patch, sign: "".join(line[6:] + "\n" for line in patch.splitlines() if line[4] == sign)
+    return [(file, side(patch, "-"), side(patch, "+"), name) for file, patch, name in found]
+
+
+def readme():
+    """In a copy of this folder: run all commands in their order, with settings cut short, then break what the
+    exercises break."""
+    text = (ROOT / "README.md").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
+        pair = {"chosen": "\n\nHuman: Why %d?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why %d?\n\nAssistant: No."}
+        rows = "".join(json.dumps({side: words % i for side, words in pair.items()}) + "\n" for i in range(60))
+        (copy / "helpful-base.test.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+        (copy / "mine.jsonl").write_text(rows)
+        for name in ("book.txt", "tinyshakespeare.txt"):
+            (copy / name).write_text("All the world is a stage.\n\n" * 200)
+        hub = Path(folder) / "hub/models--openai-community--gpt2/snapshots/main"  # a small stand-in for the hub's model
+        m.save_model(hub, GPT(GPTConfig(50304, 1024, 1, 2, 8, "gpt2")).initialize(rng(0)))
+        environment = os.environ | {"HF_HUB_CACHE": str(Path(folder) / "hub"), "HF_HUB_OFFLINE": "1"}
+        for command in commands(text):
+            if command.startswith(SKIP):
+                print(f"skipped: {command}", flush=True)
+                continue
+            parts = []
+            for part in command.split(" && "):
+                script = next((name for name in SHORT if name in part.split()), None)
+                short = script and "--dry_run" not in part
+                parts.append(f"{part} {SHORT[script]}" if short else part)
+            typed = re.sub(r"\bpython\b", sys.executable, " && ".join(parts))
+            typed = re.sub(r"^((?:\S+=\S+ )*)torchrun", rf"\1{sys.executable} -m torch.distributed.run", typed)
+            start = time.time()
+            done = subprocess.run(typed, shell=True, cwd=copy, env=environment, capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL)
+            m.require(done.returncode == 0, f"README: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            print(f"ran in {time.time() - start:3.0f} s: {command}", flush=True)
+        for file, old, new, name in exercises(text):
+            whole = (copy / file).read_text()
+            m.require(whole.count(old) == 1, f"README: {file} has not one place with\n{old}")
+            (copy / file).write_text(whole.replace(old, new))
+            done = subprocess.run([sys.executable, "test_all.py", "-k", name], cwd=copy, capture_output=True, text=True)
+            m.require("Ran 1 test" in done.stderr and done.returncode == 1, f"README: {name} is not red\n{done.stderr}")
+            (copy / file).write_text(whole)
+            print(f"red, as it should be: {name}", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         if len(sys.argv) == 5 and sys.argv[3] in SHAPES:
@@ -1814,5 +2020,7 @@ if __name__ == "__main__":
             bench(sys.argv[2:])
     elif sys.argv[1:] == ["fit"]:
         fit()
+    elif sys.argv[1:] == ["readme"]:
+        readme()
     else:
         unittest.main()

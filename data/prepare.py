@@ -16,6 +16,9 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
+import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -203,7 +206,7 @@ def open_text(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path}: cannot be read ({error}).") from None
 
 
@@ -305,18 +308,20 @@ class Writer:
         out.mkdir(parents=True, exist_ok=True)
         self.paths = {(kind, val): out / f"{kind}{'.val' if val else ''}.jsonl" for kind in KINDS for val in (0, 1)}
         self.files = {key: open(f"{path}.tmp", "w", encoding="utf-8") for key, path in self.paths.items()}
-        self.counts, self.prompts = Counter(), set()
+        self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat whatever the file's size
+        self.seen.execute("create table prompts (digest integer primary key)")
 
     def add(self, kind, row, val):
         if kind == "prompts":  # each once; eight bytes of a hash are enough to remember it by
             digest = hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=8).digest()
-            if digest in self.prompts:
+            new = "insert or ignore into prompts values (?)", (int.from_bytes(digest, "big", signed=True),)
+            if not self.seen.execute(*new).rowcount:
                 return
-            self.prompts.add(digest)
         self.files[kind, val].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[kind, val] += 1
 
     def close(self, keep):
+        self.seen.close()
         for key, path in self.paths.items():
             self.files[key].close()
             if keep and (self.counts[key] or self.counts[key[0], 0]):
@@ -325,12 +330,28 @@ class Writer:
                 os.unlink(f"{path}.tmp")
 
 
-def main(files, out, limit=0, val_fraction=0.1, strict=False):
+def token_counter():
+    sys.path.append(str(Path(__file__).parent.parent))
+    from model import Tokenizer  # takes seconds, and is needed for --max_tokens only
+    encode = Tokenizer("gpt2").encode
+
+    def count(row):
+        texts = [row.get("text", ""), row.get("chosen", ""), row.get("rejected", "")]
+        texts += [m["content"] for m in row.get("messages", row.get("prompt", []))]
+        return len(encode("".join(texts)))
+    return count
+
+
+def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
     for path in files:
         if not path.exists():
             raise SystemExit(f"{path}: no such file.")
     if not 0 <= val_fraction < 1:
         raise SystemExit(f"--val_fraction={val_fraction}: at least 0 and below 1.")
+    for name, value in (("limit", limit), ("max_tokens", max_tokens)):
+        if value < 0:
+            raise SystemExit(f"--{name}={value}: at least 0, which means no limit.")
+    tokens = token_counter() if max_tokens else None
     dropped, writer = Counter(), Writer(out)
     try:
         for path in files:
@@ -342,6 +363,9 @@ def main(files, out, limit=0, val_fraction=0.1, strict=False):
             for kind, row in read(path, on_error):
                 if limit and writer.counts.total() >= limit:
                     break
+                if tokens and tokens(row) > max_tokens:
+                    dropped[f"{kind} of more than {max_tokens} tokens"] += 1
+                    continue
                 writer.add(kind, row, is_held_out(row, val_fraction))
         if not writer.counts:
             raise SystemExit(f"{', '.join(map(str, files))}: not one usable row. {FORMATS}")
@@ -363,5 +387,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--limit", type=int, default=0, help="stop after writing this many rows [0: all]")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of prompts held out [0.1]")
+    parser.add_argument("--max_tokens", type=int, default=0, help="drop rows of more GPT-2 tokens than this [0: none]")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     main(**vars(parser.parse_args()))
