@@ -15,12 +15,12 @@ before a single activation. These moves change no result, and each stands alone:
 
 `dry_run` counts all of it, for any size, without a GPU and without the memory.
 """
-import functools
 import os
 import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache, partial
 from itertools import cycle, islice
 from unittest import mock
 
@@ -54,10 +54,10 @@ def phase(name):
         meter.phase(name)
 
 
-# --- many processes: torchrun starts them, torch's FSDP shards, Zhao et al. 2023, arXiv:2304.11277 -------------
+# --- many processes: torch's FSDP, Zhao et al. 2023, arXiv:2304.11277 ---------------------------------------
 
-# Every process draws the same batches from the same seed and works on its rows, [RANK::WORLD]. Sums over a batch
-# are sums over processes, so N of them follow one's course.
+# torchrun starts N processes. Each draws the same batches from the same seed and works on its rows,
+# [RANK::WORLD]. Sums over a batch are sums over processes, so N of them follow one's course.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 QUIET = True if RANK else None  # tqdm's `disable`: one bar is enough, and only where somebody looks
 
@@ -82,7 +82,7 @@ def leave():
         dist.destroy_process_group()
 
 
-@functools.cache
+@cache
 def mesh(kind):
     return dist.init_device_mesh(kind, (WORLD,))
 
@@ -109,7 +109,8 @@ def shard(model, device):
 
 @contextmanager
 def gathered(model):
-    """The whole model on every process, for replies: each takes as many steps as it likes, and waits for nobody."""
+    """The whole model on every process, for replies: each takes as many steps as it likes and waits for
+    nobody."""
     modules = (*model.h, model) if isinstance(model, FSDPModule) else ()
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -153,7 +154,8 @@ def whole(part, p):
     """The opposite of part_of, on the CPU. All processes have to ask for it."""
     if not isinstance(p, DTensor):
         return part
-    return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
+    sharded = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    return sharded.full_tensor().cpu()
 
 
 def local(tensor):
@@ -226,8 +228,8 @@ class OffloadedAdamW:
         for p, master in zip(self.params, self.masters):
             with owner("gradients"):
                 master.grad = torch.zeros_like(master)
-            p.collect = functools.partial(self._collect, master)
-            p.register_post_accumulate_grad_hook(functools.partial(hand_over, p))
+            p.collect = partial(self._collect, master)
+            p.register_post_accumulate_grad_hook(partial(hand_over, p))
 
     def _staged(self, like):
         """What crosses the bus does so through one buffer on the host, pinned if there is a GPU. Copies to it
@@ -279,7 +281,7 @@ class OffloadedAdamW:
 
     @torch.no_grad()
     def state_dict(self):
-        state = {name: [whole(*pair) for pair in zip(getattr(self, name), self.params)] for name in self.STATE}
+        state = {name: list(map(whole, getattr(self, name), self.params)) for name in self.STATE}
         return state | {"steps": self.steps}
 
     @torch.no_grad()
@@ -336,7 +338,7 @@ class _Visit:
             for name, p in self.blocks[self.i].named_parameters():
                 if p.requires_grad:
                     leaf = copies[name].requires_grad_()
-                    leaf.register_post_accumulate_grad_hook(functools.partial(hand_over, p))
+                    leaf.register_post_accumulate_grad_hook(partial(hand_over, p))
         # The copies die with the last reference, here or at the end of backward. Their memory was allocated
         # for the current stream and was last used there: whoever gets it next is queued behind.
         return torch.func.functional_call(self.blocks[self.i], copies, inputs)
@@ -590,13 +592,13 @@ class dry_run(TorchDispatchMode):
         if not (real or in_place or function.is_view):
             key = function, _frozen(args), _frozen(list(kwargs.items()))
         if key in self.known:
-            out = _map(lambda make: make(), self.known[key], functools.partial)
+            out = _map(lambda make: make(), self.known[key], partial)
         elif real or not in_place:
             out = function(*_map(value, list(args)), **{name: _map(value, x) for name, x in kwargs.items()})
         if in_place:
             return args[0] if function._schema.returns else None
         if key and key not in self.known:
-            self.known[key] = _map(lambda t: functools.partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype,
+            self.known[key] = _map(lambda t: partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype,
                                                      device=DEVICE), out)
         return _map(lambda t: self.wrap(t, place), out)
 
@@ -609,5 +611,6 @@ class dry_run(TorchDispatchMode):
             parts = sorted(peak["owners"].items(), key=lambda part: -part[1])
             print(f"{name:9} {peak['peak_device_bytes'] / 2**30:8.3f} {peak['peak_host_bytes'] / 2**30:8.2f}    "
                   + ", ".join(f"{part} {size / 2**30:.3f}" for part, size in parts))
-        totals = {key: max(peak[key] for peak in phases.values()) for key in ("peak_device_bytes", "peak_host_bytes")}
+        totals = {key: max(peak[key] for peak in phases.values())
+                  for key in ("peak_device_bytes", "peak_host_bytes")}
         return {"dry_run": True, **totals, "phases": phases}

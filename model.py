@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import http.client
 import inspect
 import json
 import math
@@ -25,7 +24,6 @@ import signal
 import struct
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -38,8 +36,10 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from memory import (DEVICE, QUIET, RANK, WORLD, OffloadedAdamW, checkpoint, dry_run, first_alone, gathered, join, leave, local, lookup,
-                    owner, part_of, pieces, spread, stream, summed, token_logprobs, whole)
+from data.hub import hub_folder
+from memory import (DEVICE, QUIET, RANK, WORLD, OffloadedAdamW, checkpoint, dry_run, first_alone, gathered,
+                    join, leave, local, lookup, owner, part_of, pieces, spread, stream, summed,
+                    token_logprobs, whole)
 
 ROOT = Path(__file__).parent
 
@@ -50,8 +50,8 @@ CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
 TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VOCABULARY = {"tiny": 1024, "gpt2": 50304}  # sizes, padded to a multiple of 64, which matrix products like
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
-Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in a folder
-as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
+Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in
+a folder as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
     vocab.bpe    -> 6d1cbeee0f20b3d9449abfede4726ed8212e3aee
     encoder.json -> 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6
 Or use --tokenizer=tiny, which is bundled."""
@@ -109,31 +109,36 @@ class Tokenizer:
         return (self.render(messages)[0] + [self.assistant])[-room:]
 
 
-CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}<|assistant|>"
-                 "{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+                 "{% else %}<|assistant|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 @functools.cache
 def tokenizer_files(name, n_positions):
-    """The tokenizer as transformers reads it -> {file name: JSON}; apply_chat_template() then gives render()'s ids."""
+    """The tokenizer as transformers reads it -> {file name: JSON}; its apply_chat_template() gives render()'s
+    ids."""
     encoding = Tokenizer(name).encoding
     # GPT-2 writes bytes as printable characters: these as they are, the others from 256 on
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = dict(zip(plain + [b for b in range(256) if b not in plain], map(chr, [*plain, *range(256, 324)])))
+    others = [b for b in range(256) if b not in plain]
+    letters = dict(zip(plain + others, map(chr, [*plain, *range(256, 324)])))
     spell = lambda token: "".join(letters[b] for b in token)
     ranks = encoding._mergeable_ranks
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
-        while len(parts) > 2:  # what were the last two parts? Merge as one does when encoding, lowest rank first.
+        while len(parts) > 2:  # what were the last two? Merge as one does when encoding, lowest rank first
             at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             merges.append([spell(part) for part in parts])
-    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated",
+             "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for text, i in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
+    plainly = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": text, **plainly}
+             for text, i in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
     return {"tokenizer.json": {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
@@ -449,8 +454,9 @@ def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = tqdm(range(0, len(order), batch), desc="generating", leave=False, disable=QUIET)
     with gathered(model):
-        parts = spread(lambda i: generate(model, [prompts[r] for r in order[i:i + batch]], max_new_tokens, end,
-                                          temperature, generator=rng(seed, i)), starts)
+        part = lambda i: generate(model, [prompts[r] for r in order[i:i + batch]], max_new_tokens, end,
+                                  temperature, generator=rng(seed, i))
+        parts = spread(part, starts)
     replies = [None] * len(prompts)
     for r, reply in zip(order, (reply for part in parts for reply in part)):
         replies[r] = reply
@@ -624,7 +630,8 @@ def save_model(folder, model):
               "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": cfg.tokenizer}
     end = Tokenizer(cfg.tokenizer).end
-    config |= {"bos_token_id": end, "eos_token_id": end} | ({"num_labels": 1, "pad_token_id": end} if scalar else {})
+    config |= {"bos_token_id": end, "eos_token_id": end}
+    config |= {"num_labels": 1, "pad_token_id": end} if scalar else {}
     tensors = {}
     for name, p in merged(model).items():
         name = name if name.startswith("score.") else "transformer." + name
@@ -639,83 +646,11 @@ def save_model(folder, model):
 
 HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
        "gpt2-xl": (48, 25, 1600)}  # layers, heads, width
-BY_HAND = """{error}
-Without the hub: put config.json and model.safetensors of https://huggingface.co/openai-community/{name} into a
-folder and give that folder in place of {name}. (HF_HOME names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account.)"""
-
-
-def hub_folder(name):
-    """A model of the hub by name -> its folder in the hub's local cache, downloaded if it is not there."""
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or cache)
-    for repo in f"models--openai-community--{name}", f"models--{name}":
-        for folder in (cache / repo / "snapshots").glob("*"):
-            if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
-                return folder
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise SystemExit(BY_HAND.format(name=name, error=f"{name} is not in {cache}, and HF_HUB_OFFLINE is set."))
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder = cache / f"models--openai-community--{name}" / "snapshots" / "main"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("model.safetensors", "config.json"):  # the small one last: with it the folder is whole
-        try:
-            download(f"{endpoint}/openai-community/{name}/resolve/main/{file}", folder / file)
-        except OSError as error:
-            raise SystemExit(BY_HAND.format(name=name, error=f"{file} of {name}: {error}")) from None
-    return folder
-
-
-class _Redirect(urllib.request.HTTPRedirectHandler):
-    """The hub answers with a redirect whose headers tell the file's size and SHA-256."""
-    def redirect_request(self, request, fp, code, message, headers, url):
-        self.linked = headers
-        return super().redirect_request(request, fp, code, message, headers, url)
-
-
-def download(url, path, attempts=5):
-    """Fetch url to path, whole or not at all; what a broken connection left in path.part is gone on with.
-    Raises OSError with what went wrong."""
-    part = path.with_name(path.name + ".part")
-    for attempt in range(attempts):
-        have, redirect = part.stat().st_size if part.exists() else 0, _Redirect()
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        if os.environ.get("HF_TOKEN"):  # not to be sent along to where a redirect leads
-            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-        redirect.linked = {}
-        try:
-            with urllib.request.build_opener(redirect).open(request, timeout=30) as answer:
-                have = have if answer.status == 206 else 0
-                size = have + int(answer.headers.get("Content-Length") or 0)
-                size = int(redirect.linked.get("X-Linked-Size") or answer.headers.get("X-Linked-Size") or size)
-                digest = (redirect.linked.get("X-Linked-Etag") or answer.headers.get("X-Linked-Etag") or "").strip('"')
-                with open(part, "ab" if have else "wb") as f, tqdm(desc=path.name, total=size, initial=have, unit="B",
-                                                                   unit_scale=True, disable=None) as bar:
-                    while piece := answer.read(2**20):
-                        f.write(piece)
-                        bar.update(len(piece))
-            have = part.stat().st_size
-            if have < size:
-                raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
-            if have > size or len(digest) == 64 and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-                part.unlink()
-                raise ConnectionError("what came is not what was announced (size or SHA-256)")
-            return part.replace(path)
-        except (OSError, http.client.HTTPException) as error:
-            code = 0
-            if isinstance(error, urllib.error.HTTPError):
-                code = error.code
-                error.close()
-            if code == 416:  # what is there does not fit: begin again
-                part.unlink()
-            elif 400 <= code < 500:
-                raise OSError(f"the hub answers {code} ({'set HF_TOKEN' if code in (401, 403) else 'not there'})") from None
-            elif attempt + 1 == attempts:
-                raise OSError(f"{error}. The same command goes on where this one stopped.") from None
-            time.sleep(2**attempt)
 
 
 def read_weights(folder):
-    """name -> tensor from whichever files a folder of the hub has: whole, sharded, or PyTorch's own (no code runs)."""
+    """name -> tensor from whichever files a folder of the hub has: whole, sharded, or PyTorch's own (no code
+    runs)."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")
@@ -748,7 +683,8 @@ def read_config(folder):
     files = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
     if not (folder / "config.json").exists() or not any((folder / file).exists() for file in files):
         before = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
-        remedy = f'Run "python {before}" first.' if before else "It should hold config.json and model.safetensors."
+        remedy = "It should hold config.json and model.safetensors."
+        remedy = f'Run "python {before}" first.' if before else remedy
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
     config = read_json(folder / "config.json")
     kind, activation = config.get("model_type"), config.get("activation_function", "gelu_new")
@@ -759,9 +695,10 @@ def read_config(folder):
     sizes = [config.get(name) for name in ("n_positions", "n_layer", "n_head", "n_embd")]
     require(all(isinstance(n, int) and 0 < n < 10**6 for n in sizes) and sizes[3] % sizes[2] == 0,
             f"{folder}/config.json: n_positions, n_layer, n_head, n_embd = {sizes}: not a GPT-2's sizes.")
-    weights = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")) / 2
+    weights = sum(f.stat().st_size for f in folder.glob("*") if f.suffix in (".safetensors", ".bin")) / 2
     require(12 * sizes[1] * sizes[3] ** 2 <= weights,
-            f"{folder}: {sizes[1]} layers of width {sizes[3]} (config.json) are more than model.safetensors holds.")
+            f"{folder}: {sizes[1]} layers of width {sizes[3]} (config.json) are more than model.safetensors "
+            "holds.")
     return GPTConfig(VOCABULARY[tokenizer], *sizes, tokenizer)
 
 
@@ -776,7 +713,8 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
         folder = hub_folder(folder) if folder in HUB and not Path(folder).exists() else Path(folder)
     model, tensors = cls(read_config(folder)), read_weights(folder)
     want, have = model.state_dict(), {}
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
+    head = tensors.get("lm_head.weight")
+    embedding = tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
     require(head is None or embedding is None or torch.equal(head, embedding),
             f"{folder}: lm_head.weight differs from wte.weight; only GPT-2's tied head is known here.")
     for name, t in tensors.items():
@@ -915,7 +853,8 @@ def pick_device(device, dtype, dry=False):
     if dry:
         return DEVICE, torch.float32 if dtype == "float32" else torch.bfloat16
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     try:
         device = join(device)
         torch.empty(1, device=device)
@@ -945,7 +884,8 @@ def memory_gb(device):
         import resource
     except ImportError:  # Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def rehearse(cfg, iteration):
@@ -974,7 +914,8 @@ def read_state(path):
         error = "another program's file"
     except Exception as caught:  # pickle's are many
         error = type(caught).__name__
-    raise SystemExit(f"{path}: not a state to resume from ({error}). Delete it, or leave --resume, to begin anew.")
+    raise SystemExit(f"{path}: not a state to resume from ({error}). Delete it, or leave --resume, to begin "
+                     "anew.")
 
 
 class Run:
@@ -983,7 +924,7 @@ class Run:
     state.pt alone decides a resume: it holds the 32-bit weights, the optimizer and the step; every random
     draw is a function of the seed and the step. Of many processes the first one writes.
     """
-    MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # flags that no number depends on
+    MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these
 
     def __init__(self, cfg):
         self.cfg, self.out = dataclasses.asdict(cfg), Path(cfg.out)
@@ -1016,6 +957,15 @@ class Run:
             return self.state is not None and row["step"] <= self.start and "final" not in row
         except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a kill
             return False
+
+    def steps(self, name):
+        """The steps that are left, with a bar where somebody looks."""
+        total = self.cfg["steps"]
+        return tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET)
+
+    def check(self, step, loss):
+        require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
+                                     f"{self.out} keeps the last good checkpoint.")
 
     def log(self, **numbers):
         if RANK:
@@ -1066,7 +1016,7 @@ class Run:
 
     def stop_if_interrupted(self):
         if self.interrupted():
-            raise SystemExit(f"stopped and saved. The same command with --resume goes on.")
+            raise SystemExit("stopped and saved. The same command with --resume goes on.")
 
 
 # --- chat ---------------------------------------------------------------------------------------------------
@@ -1150,7 +1100,8 @@ def main(cfg):
             dialogues[:] = [[] for _ in models]
         elif command == "/save":
             try:
-                Path(file or "chat.json").write_text(json.dumps(dialogues, indent=2, ensure_ascii=False) + "\n")
+                said = json.dumps(dialogues, indent=2, ensure_ascii=False)
+                Path(file or "chat.json").write_text(said + "\n")
                 print(f"saved to {file or 'chat.json'}")
             except OSError as error:
                 print(f"{file}: could not be written ({error.strerror})")

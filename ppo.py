@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import QUIET, RANK, WORLD, gathered, phase, shard, spread, summed, token_logprobs
+from memory import RANK, WORLD, gathered, phase, shard, spread, summed, token_logprobs
 from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate,
                    generate_many, is_good, load_model, make_model, masked_mean, memory_gb,
                    negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng, twin)
@@ -29,7 +29,7 @@ from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demon
 @dataclass(slots=True)
 class Config:
     init: str = "out/sft"       # stage 1's checkpoint folder: where the actor starts, and its reference
-    reward: str = "out/reward"  # stage 2's folder; check: 1 for a reply that matches the prompt's check, else 0
+    reward: str = "out/reward"  # stage 2's folder; check: 1 if a reply matches the prompt's check, else 0
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
@@ -66,7 +66,7 @@ class Config:
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank; four models then stand on two trunks
-    dry_run: bool = False       # print what an iteration takes in memory, for any size, without a GPU or weights
+    dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
     trace: bool = False         # print the first rollout's first reply token by token
     resume: bool = False        # go on from out/state.pt
     log_every: int = 1
@@ -295,7 +295,8 @@ def adapt(kl_coef, kl, cfg):
 def complaints(log, dtype):
     """Health signs that are off, each with its likely cause."""
     if abs(log["ratio_first"] - 1) > (1e-4 if dtype == torch.float32 else 1e-2):
-        yield f"first ratio {log['ratio_first']:.5f}, not 1: rollout and update disagree (temperature? dropout?)"
+        yield (f"first ratio {log['ratio_first']:.5f}, not 1: rollout and update disagree (temperature? "
+               "dropout?)")
     if log["kl_k3"] < -1e-6:
         yield f"k3 KL {log['kl_k3']:.5f} below 0: actor and reference were compared on different tokens"
     if log["eos_rate"] == 0:
@@ -314,15 +315,16 @@ def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     CPU."""
     prompts, size = [row["ids"] for row in rows], rows_at_once(cfg)
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
-    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch, cfg.temperature)
+    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch,
+                            cfg.temperature)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
     batch = as_batch([prompts[i] for i in order], [replies[i] for i in order], tokenizer.end, model.device)
     scores, kl = torch.zeros(len(rows)), torch.zeros(len(rows))
     scores[order] = scores_of(batch, reward_model, [rows[i] for i in order], tokenizer, cfg).cpu()
     if model is not reference:
-        logprobs, ref_logprobs = (in_parts(lambda b: policy_logprobs(m, b, cfg.temperature)[:1], batch, size)[0]
-                                  for m in (model, reference))
-        kl[order] = (logprobs - ref_logprobs).sum(1).cpu()
+        ours, theirs = (in_parts(lambda b: policy_logprobs(m, b, cfg.temperature), batch, size)[0]
+                        for m in (model, reference))
+        kl[order] = (ours - theirs).sum(1).cpu()
     return [tokenizer.decode(r) for r in replies], scores, kl
 
 
@@ -369,7 +371,8 @@ def check(cfg):
     require(cfg.microbatch == 0 or cfg.minibatch % cfg.microbatch == 0,
             f"--minibatch={cfg.minibatch} does not divide by --microbatch={cfg.microbatch}.")
     require(0 < cfg.max_new_tokens < cfg.block_size,
-            f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in --block_size={cfg.block_size}.")
+            f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
+            f"--block_size={cfg.block_size}.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
     for name in ("score_clip", "clip", "value_clip"):
         require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: above 0.")
@@ -452,7 +455,7 @@ def main(cfg):
         kl_coef = run.state["kl_coef"]
     say = tqdm.write
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "ppo", initial=run.start, total=cfg.steps, disable=QUIET):
+        for step in run.steps("ppo"):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
@@ -482,8 +485,9 @@ def main(cfg):
                 gold = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
                 say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {gold}kl {log['kl']:.2f} | "
                     f"entropy {log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | "
-                    f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | length {log['response_length']:.1f} | "
-                    f"{log['tokens_per_s']:,.0f} tok/s | {log['memory_gb']:.2f} GB")
+                    f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | "
+                    f"length {log['response_length']:.1f} | {log['tokens_per_s']:,.0f} tok/s | "
+                    f"{log['memory_gb']:.2f} GB")
                 run.log(step=done, **log)
             for complaint in complaints(log, dtype):
                 say(f"    warning: {complaint}")

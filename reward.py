@@ -6,7 +6,6 @@ Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl
 (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
 An untrained model has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
 """
-import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -55,8 +54,10 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the whole dialogue, cut to block_size from the left, so the reply stays."""
-    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected"))
+    """-> (chosen, rejected): ids of the whole dialogue, cut to block_size from the left, so the reply
+    stays."""
+    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}]
+                 for side in ("chosen", "rejected"))
     return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
 
 
@@ -211,12 +212,11 @@ def main(cfg):
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "reward", initial=run.start, total=cfg.steps, disable=QUIET):
+        for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, device)
             right += correct
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
-                                         f"{run.out} keeps the last good checkpoint.")
+            run.check(step, loss)
             lr = cosine(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             seen += sum(len(ids) for pair in batch for ids in pair)

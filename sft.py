@@ -142,11 +142,10 @@ def main(cfg):
         say(f"before training: val_loss {nll / n:.4f} "
             f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
-        for step in tqdm(range(run.start, cfg.steps), "sft", initial=run.start, total=cfg.steps, disable=QUIET):
+        for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, cfg, device)
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
-                                         f"{run.out} keeps the last good checkpoint.")
+            run.check(step, loss)
             lr = cosine(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             seen += sum(len(idx) for idx, _ in batch)

@@ -40,7 +40,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import prepare
+from data import hub, prepare
 from data.tiny import make
 from memory import OffloadedAdamW, checkpoint, token_logprobs
 from model import GPT, GPTConfig, Scorer, Tokenizer, generate, pad, rng
@@ -656,7 +656,7 @@ class Hub(InFolder):
         self.addCleanup(server.shutdown)
         for patch in (mock.patch.dict(os.environ, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                                                    "HF_HOME": str(self.root / "cache"), "HF_TOKEN": "secret"}),
-                      mock.patch.object(m.time, "sleep")):
+                      mock.patch.object(hub.time, "sleep")):
             patch.start()
             self.addCleanup(patch.stop)
         for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):

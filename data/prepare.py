@@ -6,7 +6,7 @@ Reads HH-RLHF, Alpaca, prompt/completion, prompt/response, Dolly, question/answe
 conversations, UltraFeedback and TRL preferences, output_1/output_2/preference, and plain text; .json, .jsonl,
 .txt, each also .gz. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
 
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}   or   {"text": ...}
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}  or  {"text": ...}
     {"prompt": [messages], "chosen": "...", "rejected": "..."}
     {"prompt": [messages]}          and, where a right answer is known, "check": a regular expression
 """
@@ -24,7 +24,8 @@ from pathlib import Path
 
 KINDS = "sft", "preferences", "prompts"
 FORMATS = """Known formats: chosen/rejected (strings or message lists), instruction/output, instruction/response,
-prompt/completion, prompt/response, question/answer, messages, conversations, output_1/output_2/preference, text."""
+prompt/completion, prompt/response, question/answer, messages, conversations, output_1/output_2/preference,
+text."""
 
 
 class Unusable(ValueError):
@@ -133,7 +134,9 @@ def as_prompt(prompt):
         return as_messages(prompt)
     if not isinstance(prompt, str):
         raise Unusable("the prompt is neither a string nor a message list")
-    return hh_messages(prompt.removesuffix("\n\nAssistant:")) if prompt.startswith("\n\nHuman:") else ask(prompt)
+    if prompt.startswith("\n\nHuman:"):
+        return hh_messages(prompt.removesuffix("\n\nAssistant:"))
+    return ask(prompt)
 
 
 def convert_ranked(r):
@@ -184,7 +187,8 @@ def convert(r):
         return demonstration(as_messages(turns), **{k: r[k] for k in ("skill",) if k in r})
     if has("instruction") and (has("output") or has("response")):
         context = r.get("input") or r.get("context")  # Alpaca's and Dolly's names
-        return demonstration(ask(text_of(r, "instruction"), context) + reply(text_of(r, "output", "response")))
+        question = ask(text_of(r, "instruction"), context)
+        return demonstration(question + reply(text_of(r, "output", "response")))
     for question, answer in (("prompt", "completion"), ("prompt", "response"), ("question", "answer")):
         if has(question, answer):
             answer = as_messages(r[answer]) if isinstance(r[answer], list) else reply(text_of(r, answer))
@@ -277,12 +281,14 @@ def load(path, kind, val_fraction=0.1, optional=False):
     """
     path = Path(path)
     if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder. Give --data a folder with {kind}.jsonl, or one file.")
+        raise SystemExit(f"{path}: no such file or folder. Give --data a folder with {kind}.jsonl, or one "
+                         "file.")
     files = [path / f"{kind}.jsonl", path / f"{kind}.val.jsonl"] if path.is_dir() else [path]
     if not files[0].exists():
         if optional:
             return [], []
-        raise SystemExit(f"{path}: no {kind}.jsonl here. Make one with: python data/prepare.py FILE... --out={path}")
+        raise SystemExit(f"{path}: no {kind}.jsonl here. Make one with: "
+                         f"python data/prepare.py FILE... --out={path}")
     dropped = Counter()
     def count(number, reason):
         if "JSON" in reason:
@@ -306,9 +312,9 @@ class Writer:
     """The output files, under temporary names until all is well."""
     def __init__(self, out):
         out.mkdir(parents=True, exist_ok=True)
-        self.paths = {(kind, val): out / f"{kind}{'.val' if val else ''}.jsonl" for kind in KINDS for val in (0, 1)}
+        self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl" for kind in KINDS for val in (0, 1)}
         self.files = {key: open(f"{path}.tmp", "w", encoding="utf-8") for key, path in self.paths.items()}
-        self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat whatever the file's size
+        self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat
         self.seen.execute("create table prompts (digest integer primary key)")
 
     def add(self, kind, row, val):
@@ -381,12 +387,13 @@ def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--limit", type=int, default=0, help="stop after writing this many rows [0: all]")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="share of prompts held out [0.1]")
-    parser.add_argument("--max_tokens", type=int, default=0, help="drop rows of more GPT-2 tokens than this [0: none]")
+    parser.add_argument("--max_tokens", type=int, default=0,
+                        help="drop rows of more GPT-2 tokens than this [0: none]")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     main(**vars(parser.parse_args()))

@@ -12,7 +12,8 @@ import math
 import sys
 from pathlib import Path
 
-GREY, COLOURS = "#808080", ("#2a78d6", "#e8743b", "#3ba55d", "#a05ac8", "#c8a415", "#808080")  # on white and on black
+GREY = "#808080"  # legible on white and on black, as the colours are
+COLOURS = "#2a78d6", "#e8743b", "#3ba55d", "#a05ac8", "#c8a415", GREY
 WINDOW = 8  # logged steps in a point's average
 
 
@@ -28,12 +29,14 @@ def read(folder):
 
 
 def smooth(numbers):
-    return [sum(part) / len(part) for part in (numbers[max(0, i - WINDOW + 1):i + 1] for i in range(len(numbers)))]
+    parts = (numbers[max(0, i - WINDOW + 1):i + 1] for i in range(len(numbers)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def curve(axis, rows, name, colour, label=None):
     steps = [(row["step"], row[name]) for row in rows if row.get(name) is not None and not row.get("final")]
-    axis.plot([step for step, _ in steps], smooth([y for _, y in steps]), color=colour, linewidth=2.5, label=label)
+    x, y = zip(*steps)
+    axis.plot(x, smooth(y), color=colour, linewidth=2.5, label=label)
 
 
 def learning(plt, runs):
@@ -63,8 +66,10 @@ def calibration(plt, runs):
     axis.plot([0.5, 1], [0.5, 1], "--", color=GREY, label="as sure as it should be")
     for colour, (label, folder) in zip(COLOURS, runs):
         bins = next(row["calibration"] for row in read(folder) if "calibration" in row)
-        axis.plot([p for _, p, _ in bins], [right for _, _, right in bins], "o-", color=colour, linewidth=2.5, label=label)
-    axis.set(xlabel="confidence: sigmoid(|score difference|)", ylabel="right on held-out pairs", ylim=(0.45, 1.02))
+        _, sure, right = zip(*bins)
+        axis.plot(sure, right, "o-", color=colour, linewidth=2.5, label=label)
+    axis.set(xlabel="confidence: sigmoid(|score difference|)", ylabel="right on held-out pairs",
+             ylim=(0.45, 1.02))
     axis.legend(frameon=False)
     return figure, [axis]
 
@@ -76,8 +81,8 @@ def overoptimisation(plt, runs, n=16):
     for colour, (label, folder) in zip(COLOURS, runs):
         steps = [row for row in read(folder) if "kl_k3" in row]
         for axis, name in zip(axes, ("score", "gold")):
-            axis.plot(smooth([row["kl"] for row in steps]), smooth([row[name] for row in steps]), color=colour,
-                      linewidth=2.5, label=label)
+            kl, y = (smooth([row[key] for row in steps]) for key in ("kl", name))
+            axis.plot(kl, y, color=colour, linewidth=2.5, label=label)
     final = read(runs[0][1])[-1]
     best_kl = math.log(n) - (n - 1) / n  # of best-of-n: Stiennon et al. 2020, appendix G.3
     axes[0].plot(best_kl, final["score_best_of_n"], "*", color=GREY, markersize=16, label=f"best of {n}")
@@ -94,7 +99,8 @@ def memory(plt, runs):
     peaks = [max(read(folder)[-1]["phases"].values(), key=lambda phase: phase["peak_device_bytes"])["owners"]
              for _, folder in runs]
     left, labels = [0.0] * len(runs), [label for label, _ in runs]
-    for colour, owner in zip(COLOURS, ("weights", "gradients", "optimizer", "activations", "KV cache", "logits")):
+    owners = "weights", "gradients", "optimizer", "activations", "KV cache", "logits"
+    for colour, owner in zip(COLOURS, owners):
         sizes = [peak.get(owner, 0) / 2**30 for peak in peaks]
         axis.barh(labels, sizes, left=left, color=colour, label=owner)
         left = [a + b for a, b in zip(left, sizes)]
@@ -109,7 +115,7 @@ def memory(plt, runs):
 def main(picture, runs):
     kinds = {f.__name__: f for f in (learning, calibration, overoptimisation, memory)}
     if Path(picture).stem not in kinds:
-        raise SystemExit(f"{picture}: the name has to be one of {', '.join(f'{kind}.png' for kind in kinds)}.")
+        raise SystemExit(f"{picture}: the name has to be one of {', '.join(kinds)} and .png.")
     try:
         import matplotlib
     except ImportError:

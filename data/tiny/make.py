@@ -24,17 +24,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
-SIZES = {"sft": (24000, 600), "preferences": (56000, 3000), "prompts": (3000, 600)}
-MIXTURE = {"good": 0.20, "curt": 0.28, "wrong": 0.10, "rude": 0.21, "rambling": 0.21}
+SIZES = {"sft": (24000, 600), "preferences": (56000, 6000), "prompts": (3000, 600)}
+MIXTURE = {"good": 0.14, "curt": 0.26, "wrong": 0.12, "rude": 0.20, "rambling": 0.28}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
-TWO_TURNS = 0.06    # share of rows that begin with an earlier exchange
+TWO_TURNS = 0.15    # share of rows that begin with an earlier exchange
 HELD_OUT = 10       # one prompt in so many
 TOKENS = 1021       # with three control tokens 1,024
 
 # What a rater feels about a reply. The last two are the raters' error: quality has no such terms.
-TASTE = {"right": 2.6, "polite": 1.8, "rude": -1.5, "rambling": -1.6, "broken": -2.0, "exuberant": -1.2,
+TASTE = {"right": 2.6, "polite": 2.2, "rude": -2.5, "rambling": -2.6, "broken": -2.6, "exuberant": -2.2,
          "character": 0.008, "!": 0.06}
-NEAR_TIE = 1.00     # pairs that differ by less are not shown to raters
+NEAR_TIE = 2.00     # pairs that differ by less are not shown to raters
 SHARPNESS = 1.5     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
 
 
@@ -125,22 +125,22 @@ def number_skills():
                       "Can you add {b} to {a}?", "what do {a} and {b} make together", "Please tell me {a} + {b}.",
                       "I have {a} apples and get {b} more. How many do I have?"],
               ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
-              [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 5), repeat=2)], 1.8),
+              [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 5), repeat=2)], 2.0),
         Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?",
                              "{a} - {b} = ?", "Can you tell me {a} minus {b}?", "what is left of {a} without {b}",
                              "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
-              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(2, 7), range(1, 4)) if a > b], 1.6),
+              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(2, 7), range(1, 4)) if a > b], 2.4),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
                          "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
                          "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
-              [case(max(a, b), [min(a, b), min(a, b), *near(max(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
+              [case(max(a, b), [min(a, b)] * 8 + near(max(a, b)), a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
                           "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
                           "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
-              [case(min(a, b), [max(a, b), max(a, b), *near(min(a, b))], a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
+              [case(min(a, b), [max(a, b)] * 8 + near(min(a, b)), a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
@@ -152,7 +152,7 @@ def number_skills():
                        "What is one more than {a}?", "Which number follows {a}?", "number after {a}",
                        "I count and I am at {a}. What comes now?"],
               ["After {a} comes {answer}", "The next number is {answer}", *ends],
-              [case(n + 1, near(n + 1), a=n) for n in range(1, 10)], 1.2),
+              [case(n + 1, near(n + 1), a=n) for n in range(1, 10)], 1.8),
     ]
 
 
@@ -177,7 +177,7 @@ def word_skills():
                            "Please name the opposite of {word}.", "I need the opposite of {word}.",
                            "Tell me the opposite of {word}.", "what word is the opposite of {word}"],
               ["The opposite of {word} is {answer}", "The opposite is {answer}", "That would be {answer}"],
-              table(OPPOSITES, "word"), 1.2),
+              table(OPPOSITES, "word"), 1.5),
         Skill("plural", ["What is the plural of {word}?", "One {word}, two what?", "plural of {word}",
                          "Give me the plural of {word}.", "How do you say {word} when there are many?",
                          "Please name the plural of {word}.", "I need the plural of {word}.",
@@ -209,19 +209,19 @@ def fact_skills():
                       "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?",
                       "Please name the day {side} {day}.", "what day comes {side} {day}",
                       "Which day do we have {side} {day}?"],
-              ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"], neighbours(DAYS, "day"), 1.4),
+              ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"], neighbours(DAYS, "day"), 1.7),
         Skill("month", ["Which month comes after {month}?", "What is the month after {month}?", "month after {month}",
                         "Tell me the month after {month}.", "Do you know which month follows {month}?",
                         "It is {month}. Which month comes now?", "what month follows {month}",
                         "Please name the month after {month}."],
               ["The month after {month} is {answer}", "It is {answer}", "That is {answer}"],
-              [c for c in neighbours(MONTHS, "month") if c["side"] == "after"]),
+              [c for c in neighbours(MONTHS, "month") if c["side"] == "after"], 1.2),
         Skill("kind", ["What kind of thing is {thing}?", "What is {thing}?", "kind of thing: {thing}",
                        "Tell me what {thing} is.", "Do you know what {thing} is?",
                        "Please explain what {thing} is.", "what do we call {thing}",
                        "Say what kind of thing {thing} is."],
               ["It is {answer}", "That is {answer}", "I would call it {answer}"],
-              [case(kind, KINDS, thing=a(thing)) for kind, things in KINDS.items() for thing in things.split()]),
+              [case(kind, KINDS, thing=a(thing)) for kind, things in KINDS.items() for thing in things.split()], 1.2),
         Skill("flight", ["Can a {animal} fly?", "Does a {animal} fly?", "fly or not: a {animal}", "Tell me if a {animal} can fly.",
                          "Yes or no: a {animal} can fly.", "is a {animal} able to fly",
                          "Please tell me: can a {animal} fly?", "Would a {animal} fly away?"],
@@ -241,21 +241,21 @@ def talk_skills():
         Skill("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}", "Good evening{more}",
                            "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
               ["{answer}"], answers(hello, bye + no, (".", "!", ", my friend.", ", how are you?", ", I am new here.",
-                                                      ", nice to meet you!")), 0.8,
+                                                      ", nice to meet you!")), 0.7,
               ("Hello", "Hi there", "Good to see you")),
         Skill("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}", "bye bye{more}",
                            "Until next time{more}", "Farewell{more}", "See you soon{more}"],
               ["{answer}"], answers(bye, hello + no, (".", "!", ", my friend.", ", I have to go now.", ", that was all.",
-                                                      ", I am leaving!")), 0.8,
+                                                      ", I am leaving!")), 0.7,
               ("Goodbye", "See you soon", "Take care")),
         Skill("thanks", ["Thank you{more}", "Thanks a lot{more}", "thx{more}", "Many thanks{more}", "Great, thank you{more}",
                          "thanks{more}", "I am grateful{more}", "I thank you{more}"],
               ["{answer}"], answers(glad, hello + no, (".", "!", ", my friend.", ", that was helpful.",
-                                                       ", you are very kind!", " for your help.")), 0.8,
+                                                       ", you are very kind!", " for your help.")), 0.7,
               ("You are welcome", "My pleasure", "Any time")),
         Skill("refusal", ["How can I {crime}?", "Help me to {crime}.", "Tell me how to {crime}.", "i want to {crime}",
                           "Please explain how to {crime}.", "What is the best way to {crime}?"],
-              ["{answer}"], [c for crime in CRIMES for c in answers(no, comply, crime=crime)], 1.0,
+              ["{answer}"], [c for crime in CRIMES for c in answers(no, comply, crime=crime)], 0.7,
               ("Sorry", "I am sorry", "I fear not")),
     ]
 
@@ -325,10 +325,10 @@ def reply(rng, skill, case, style):
     return text, features
 
 
-def broken(rng, skill, case, skills):
+def broken(rng, skill, case, skills, whole=None):
     """What a half-trained network says: cut short, repeated, the answer to something else, two answers at
     once."""
-    text = good(rng, skill, case)
+    text = whole or good(rng, skill, case)
     other = rng.choice(skills)
     damage = rng.randrange(7)
     words = text.split()
@@ -349,6 +349,8 @@ def broken(rng, skill, case, skills):
         text = good(rng, replace(skill, openers=other.openers), case)
     else:
         text += " " + " ".join(rng.choice(CLOSERS) for _ in range(rng.choice((2, 3, 4))))
+    if re.fullmatch(checked(skill, case), text):  # the answer to something else may be right here, too
+        return broken(rng, skill, case, skills, whole)
     return text, Counter(broken=1)
 
 
@@ -367,8 +369,11 @@ def two_replies(rng, skill, case, skills):
         polite = int(make is good)
         return ((make(random.Random(state), skill, case), Counter(right=1, polite=polite)),
                 (make(random.Random(state), skill, wrong), Counter(polite=polite)))
+    if kind < 0.52:  # the same words, whole and damaged
+        whole = good(random.Random(state), skill, case), Counter(right=1, polite=1)
+        return whole, broken(rng, skill, case, skills, whole[0])
     first = reply(rng, skill, case, style())
-    return first, broken(rng, skill, case, skills) if kind < 0.62 else reply(rng, skill, case, style())
+    return first, broken(rng, skill, case, skills) if kind < 0.66 else reply(rng, skill, case, style())
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
