@@ -4,12 +4,12 @@ Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 fo
 two moments. PPO trains two networks of four, which makes 16 + 16 + 4 + 4 = 40 bytes: for GPT-2 124M 4.6 GiB,
 before a single activation. These moves change no result, and each stands alone:
 
-    bfloat16                                 2 bytes a weight on the device; 32 bits, where needed, on the host
-    OffloadedAdamW(params, lr, ...)          there: 4 master + 4 gradient + 8 moments = 16, touched once a step
-    stream(model, device)                    the 2 bytes on the host, too; two blocks at a time visit the device
+    bfloat16                                 2 bytes a weight on the device; 32 bits, if at all, on the host
+    OffloadedAdamW(params, lr, ...)          there: 4 master + 4 gradient + 8 moments, touched once a step
+    stream(model, device)                    the 2 bytes on the host, too; two blocks at a time are visitors
     checkpoint(function, *inputs)            of a block's activations, 34 C bytes a token, keep its input, 2 C
-    token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB for GPT-2
-    lookup(weight, idx)                      no (vocabulary x C) gradient for the few rows that a batch has read
+    token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB
+    lookup(weight, idx)                      no (vocabulary x C) gradient for the rows that a batch has read
     LoRA (in model.py)                       16 bytes for adapters only, and four models stand on two trunks
     shard(model, device)                     under torchrun: each of N processes keeps an N-th of all of it
 
@@ -609,7 +609,8 @@ class dry_run(TorchDispatchMode):
               "phase       device     host    on the device at its peak")
         for name, peak in phases.items():
             parts = sorted(peak["owners"].items(), key=lambda part: -part[1])
-            print(f"{name:9} {peak['peak_device_bytes'] / 2**30:8.3f} {peak['peak_host_bytes'] / 2**30:8.2f}    "
+            device, host = (peak[f"peak_{place}_bytes"] / 2**30 for place in ("device", "host"))
+            print(f"{name:9} {device:8.3f} {host:8.2f}    "
                   + ", ".join(f"{part} {size / 2**30:.3f}" for part, size in parts))
         totals = {key: max(peak[key] for peak in phases.values())
                   for key in ("peak_device_bytes", "peak_host_bytes")}

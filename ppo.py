@@ -23,7 +23,8 @@ from data import prepare
 from memory import RANK, WORLD, gathered, phase, shard, spread, summed, token_logprobs
 from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate,
                    generate_many, is_good, load_model, make_model, masked_mean, memory_gb,
-                   negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng, twin)
+                   negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng,
+                   twin)
 
 
 @dataclass(slots=True)
@@ -208,16 +209,20 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     batch = as_batch(prompts, replies, tokenizer.end, device)
     mask = batch["mask"] = batch["targets"] >= 0
     # Old log-probabilities come from the same forward pass as the update's, so that the first ratio is
-    # exactly 1.
-    batch["logprobs"], batch["entropy"] = in_parts(
-        lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
+    # exactly 1. Where a minibatch is the batch, and nobody asked for memory, it is the update's first.
+    with torch.set_grad_enabled(size == len(rows) and not cfg.checkpoint and cfg.offload == "none"):
+        logprobs, entropy = in_parts(
+            lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
+        values, = in_parts(lambda b: (critic.values(b["idx"]) * b["mask"],), batch, size)
+    batch["logprobs"], batch["entropy"], batch["values"] = logprobs.detach(), entropy, values.detach()
     batch["ref_logprobs"] = in_parts(lambda b: policy_logprobs(reference, b, cfg.temperature), batch, size)[0]
-    batch["values"] = in_parts(lambda b: (critic.values(b["idx"]) * b["mask"],), batch, size)[0]
     batch["scores"] = scores_of(batch, reward_model, rows, tokenizer, cfg)
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
     batch["returns"] = advantages + batch["values"]
     batch["advantages"] = whiten(advantages, mask)
+    if logprobs.requires_grad:
+        batch["first"] = logprobs, values
     return batch
 
 
@@ -244,6 +249,7 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
     """`epochs` passes over the batch in reshuffled minibatches -> sums of statistics, and the first ratio."""
     (actor, _, critic, _), (actor_adam, critic_adam) = models, optimizers
     device, total, first_ratio = batch["idx"].device, defaultdict(float), None
+    first = batch.pop("first", None)
     generator = rng(cfg.seed, "update", step)
     phase("update")
     for epoch in range(cfg.epochs):
@@ -253,10 +259,10 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
             # In the batch neighbours are of similar length.
             for part in rows.sort().values[RANK::WORLD].split(rows_at_once(cfg)):
                 b = rows_of(batch, part)
-                logprobs, _ = policy_logprobs(actor, b, cfg.temperature)
+                logprobs = first[0] if first else policy_logprobs(actor, b, cfg.temperature)[0]
                 loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
                 (loss / n).backward()  # before the critic begins: one network's activations at a time
-                values = critic.values(b["idx"])
+                values, first = first[1] if first else critic.values(b["idx"]), None
                 v_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
                 (cfg.value_coef * v_loss / n).backward()
                 for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),

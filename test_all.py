@@ -160,6 +160,25 @@ class Bugs(InFolder):
         old, _ = token_logprobs(dropped, models[0].wte.weight, batch["targets"])
         self.assertGreater(((new - old).exp() - 1).abs().max(), 0.01)
 
+    def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass(self):
+        ends, forwards = [], []
+        for microbatch in (0, 4):
+            cfg, models, _ = a_rollout()
+            cfg = dataclasses.replace(cfg, minibatch=8, microbatch=microbatch, epochs=2)
+            rows = [{"ids": random_ids(3 + i, seed=i).tolist()} for i in range(8)]
+            forwards.append(0)
+            def count(*_):
+                forwards[-1] += 1
+            hooks = [models[i].register_forward_hook(count) for i in (0, 2)]
+            batch = ppo.rollout(0, rows, models, Tokenizer("tiny"), cfg, kl_coef=0.05)
+            forwards[-1] = 0
+            _, first_ratio = ppo.update(0, batch, models, ppo.optimizers_of(models, cfg), 1e-3, None, cfg)
+            self.assertAlmostEqual(first_ratio, 1, 5)
+            ends.append([p for i in (0, 2) for p in models[i].parameters()])
+        self.assertEqual(forwards, [2, 8])  # one epoch of two; two parts of two
+        for a, b in zip(*ends):
+            self.assertLess((a - b).abs().max(), 1e-4)
+
     def test_bug_02_padding_shifts_positions(self):
         # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
         net, prompts = tiny(), [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]

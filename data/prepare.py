@@ -23,9 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 KINDS = "sft", "preferences", "prompts"
-FORMATS = """Known formats: chosen/rejected (strings or message lists), instruction/output, instruction/response,
-prompt/completion, prompt/response, question/answer, messages, conversations, output_1/output_2/preference,
-text."""
+FORMATS = """Known formats: chosen/rejected (strings or message lists), instruction/output,
+instruction/response, prompt/completion, prompt/response, question/answer, messages, conversations,
+output_1/output_2/preference, text."""
 
 
 class Unusable(ValueError):
@@ -312,7 +312,8 @@ class Writer:
     """The output files, under temporary names until all is well."""
     def __init__(self, out):
         out.mkdir(parents=True, exist_ok=True)
-        self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl" for kind in KINDS for val in (0, 1)}
+        self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl"
+                      for kind in KINDS for val in (0, 1)}
         self.files = {key: open(f"{path}.tmp", "w", encoding="utf-8") for key, path in self.paths.items()}
         self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat
         self.seen.execute("create table prompts (digest integer primary key)")
