@@ -1784,6 +1784,8 @@ BENCH = {  # workload: (rows or pairs, tokens) or (rows, prompt, new tokens, epo
     "ppo": {"gpt2": (16, 32, 64, 4, 16), "tiny": (16, 32, 64, 4, 16)},
     "ppo-1": {"gpt2": (16, 32, 64, 1, 16), "tiny": (16, 32, 64, 1, 16)},
     "ppo-long": {"gpt2": (2, 400, 112, 3, 2)},  # the work of Colossal-AI's first benchmark, batch 2
+    # as many tokens in few long rows as in many short ones
+    **{f"ppo-{rows}x{2048 // rows}": {"gpt2": (rows, 1024 // rows, 2048 // rows, 1, rows)} for rows in (32, 16, 8, 4)},
 }
 
 
