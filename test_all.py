@@ -3,6 +3,8 @@
     python test_all.py              # or: python test_all.py Bugs.test_bug_05_padding_leaks_into_returns
     python test_all.py bench        # speed, one JSON line a workload; bench sft ppo: only these; bench tricks: memory
     python test_all.py fit          # the largest model that fits, from dry runs
+    python test_all.py readme       # the README's commands with settings cut short, and its exercises
+    FUZZ=10000 python test_all.py Fuzz      # so many damaged files of each kind
 """
 import contextlib
 import dataclasses
@@ -1971,7 +1973,7 @@ def bench(names):
 
 # What makes a command short; a later flag of the same name wins.
 SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
-         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --max_new_tokens=12 --best_of_n=2 --eval_prompts=8"}
+         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --microbatch=2 --max_new_tokens=12 --best_of_n=2 --eval_prompts=8"}
 SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
 
 

@@ -56,7 +56,7 @@ def learning(plt, runs):
         axes[2].axhline(ppo[-1][name], color=COLOURS[1], linestyle=style,
                         label="held out, " + name.removeprefix("gold_").replace("_", " "))
     axes[2].set(xlabel="step", ylabel="gold score", title="stage 3: PPO", ylim=(0, 1))
-    axes[2].legend(frameon=False, loc="lower right")
+    axes[2].legend(frameon=False, loc="center right")
     return figure, axes
 
 
@@ -136,4 +136,4 @@ def main(picture, runs):
 if __name__ == "__main__":
     if len(sys.argv) < 3 or not all("=" in arg for arg in sys.argv[2:]):
         raise SystemExit(__doc__)
-    main(sys.argv[1], [arg.split("=", 1) for arg in sys.argv[2:]])
+    main(sys.argv[1], [arg.rsplit("=", 1) for arg in sys.argv[2:]])
