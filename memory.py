@@ -72,7 +72,16 @@ def join(kind):
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    sys.excepthook = _alone
     return device
+
+
+def _alone(kind, error, trace):
+    """What is left to say when another process of the job has died."""
+    if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"process {RANK}: another process of this job has ended. The last good checkpoint is whole; the same "
+          "command with --resume goes on.", file=sys.stderr)
 
 
 def leave():
