@@ -85,10 +85,12 @@ def _alone(kind, error, trace):
 
 
 def leave():
-    """The job is done: wait for the others, then part."""
+    """The job is done: wait for the others and go at once. (Python's own way out takes its objects apart, and
+    one in twenty times gloo's threads then abort.)"""
     if WORLD > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 @cache

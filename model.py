@@ -1016,7 +1016,6 @@ class Run:
 
     def stop_if_interrupted(self):
         if self.interrupted():
-            leave()
             raise SystemExit("stopped and saved. The same command with --resume goes on.")
 
 
