@@ -3,7 +3,7 @@
 
     python ppo.py                                   # bundled data; needs out/sft and out/reward
     python ppo.py --reward=check                    # rewards from the prompts' checks, without a reward model
-    python ppo.py --trace                           # print one rollout token by token, then train
+    python ppo.py --trace                           # print replies token by token on the way
 
 Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor
 learns, the reference is stage 1 and stays, the critic starts from the reward model and learns, the reward
@@ -68,7 +68,7 @@ class Config:
     offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank; four models then stand on two trunks
     dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
-    trace: bool = False         # print the first rollout's first reply token by token
+    trace: bool = False         # print a reply token by token: at first, and every `eval_every` rollouts
     resume: bool = False        # go on from out/state.pt
     log_every: int = 1
     eval_every: int = 20        # samples
@@ -466,7 +466,7 @@ def main(cfg):
             rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
             batch = rollout(step, rows, models, tokenizer, cfg, kl_coef)
-            if cfg.trace and step == run.start:
+            if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):
                 trace(batch, tokenizer)
             lr = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
             total, first_ratio = update(step, batch, models, optimizers, lr, demonstrations, cfg)
