@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +93,9 @@ def leave():
         os._exit(0)
 
 
+SUMS = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gradients add up in 32 bits, whatever the weights are
+
+
 @cache
 def mesh(kind):
     return dist.init_device_mesh(kind, (WORLD,))
@@ -112,7 +115,7 @@ def shard(model, device):
     """Under torchrun: this process keeps its rows of each matrix; a block is whole only while it computes."""
     if WORLD > 1:
         for module in (*model.h, model):
-            fully_shard(module, mesh=mesh(device.type))
+            fully_shard(module, mesh=mesh(device.type), mp_policy=SUMS)
             module.set_force_sum_reduction_for_comms(True)  # losses are divided by the whole batch already
             module.set_gradient_divide_factor(1.0)
     return model
