@@ -970,8 +970,12 @@ class Run:
     def log(self, **numbers):
         if RANK:
             return
-        with open(self.out / "log.jsonl", "a") as f:
-            print(json.dumps(numbers), file=f)
+        try:
+            with open(self.out / "log.jsonl", "a") as f:
+                print(json.dumps(numbers), file=f)
+        except OSError as error:
+            raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good checkpoint "
+                             "is untouched; free some space and go on with --resume.") from None
 
     def save(self, step, model, **state):
         """state.pt first: the model's files can be made from it, not the other way round."""

@@ -35,7 +35,7 @@ def smooth(numbers):
 
 def curve(axis, rows, name, colour, label=None):
     steps = [(row["step"], row[name]) for row in rows if row.get(name) is not None and not row.get("final")]
-    x, y = zip(*steps)
+    x, y = zip(*steps) if steps else ((), ())
     axis.plot(x, smooth(y), color=colour, linewidth=2.5, label=label)
 
 
@@ -48,13 +48,15 @@ def learning(plt, runs):
     curve(axes[1], reward, "accuracy", COLOURS[0], "pairs in training")
     held_out = [(row["step"], row["val_accuracy"]) for row in reward if "val_accuracy" in row]
     axes[1].plot(*zip(*held_out), "o", color=COLOURS[1], label="held-out pairs")
-    axes[1].axhline(reward[-1]["ceiling"], color=GREY, linestyle="--", label="ceiling of noisy labels")
+    if reward[-1]["ceiling"]:
+        axes[1].axhline(reward[-1]["ceiling"], color=GREY, linestyle="--", label="ceiling of noisy labels")
     axes[1].set(ylabel="accuracy", title="stage 2: preferences", ylim=(0.5, 1))
     axes[1].legend(frameon=False, loc="lower right")
     curve(axes[2], ppo, "gold", COLOURS[0], "rollouts in training")
     for name, style in (("gold_before", ":"), ("gold_best_of_n", "--"), ("gold_after", "-")):
-        axes[2].axhline(ppo[-1][name], color=COLOURS[1], linestyle=style,
-                        label="held out, " + name.removeprefix("gold_").replace("_", " "))
+        if ppo[-1].get(name) is not None:
+            axes[2].axhline(ppo[-1][name], color=COLOURS[1], linestyle=style,
+                            label="held out, " + name.removeprefix("gold_").replace("_", " "))
     axes[2].set(xlabel="step", ylabel="gold score", title="stage 3: PPO", ylim=(0, 1))
     axes[2].legend(frameon=False, loc="center right")
     return figure, axes
