@@ -1857,7 +1857,8 @@ def bench_one(name, size, dtype_name):
         adams = [OffloadedAdamW(x.parameters(), 1e-5, host=host) for x in (models[0], models[2])]
         tokens = B * (P + N)
         head = vocabulary * rest[2]
-        flops = 2 * tokens * (weights + (2 + 6 * epochs) * (weights - head) * 2) + (2 + 6 * epochs) * B * N * head
+        passes = 4 + 6 * epochs - 2 * (minibatch == B)  # forward ones of a network; the first update's are scoring's
+        flops = 2 * tokens * (weights + passes * (weights - head)) + passes * B * N * head
         tokenizer = mock.Mock(end=-1)
         memory.METERS.append(watch)
         def run():
