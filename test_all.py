@@ -464,6 +464,13 @@ class Bugs(InFolder):
 # --- the network --------------------------------------------------------------------------------------------
 
 class Network(InFolder):
+    def test_long_rows_attend_as_the_formula_says(self):
+        q, k, v = torch.randn(3, 1, 2, 520, 8, generator=rng(0))
+        scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(520, 520).triu(1).bool(), -math.inf)
+        self.assertLess((m.attend(q, k, v) - scores.softmax(-1) @ v).abs().max(), 1e-5)
+        self.assertLess((m.attend(q[:, :, :9], k[:, :, :9], v[:, :, :9]) - (scores.softmax(-1) @ v)[:, :, :9]).abs().max(),
+                        1e-5)
+
     def test_no_position_sees_the_future(self):
         net, idx = tiny(), random_ids(1, 12)
         changed = idx.clone()
