@@ -1528,7 +1528,7 @@ class Robustness(Commands):
         cfg = small(sft, self.root, resume=True)
         for where in ("torch.save", "model.write_safetensors"):
             with mock.patch(where, side_effect=full):
-                run = m.Run(cfg)
+                run, _ = quiet(m.Run, cfg)
                 self.refuses("No space left", "last good checkpoint", call=lambda: run.save(6, tiny()))
         for path, data in files.items():
             if path.name != "state.pt":
