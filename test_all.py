@@ -171,7 +171,8 @@ class Bugs(InFolder):
             forwards.append(0)
             def count(*_):
                 forwards[-1] += 1
-            hooks = [models[i].register_forward_hook(count) for i in (0, 2)]
+            for i in (0, 2):
+                models[i].register_forward_hook(count)
             batch = ppo.rollout(0, rows, models, Tokenizer("tiny"), cfg, kl_coef=0.05)
             forwards[-1] = 0
             _, first_ratio = ppo.update(0, batch, models, ppo.optimizers_of(models, cfg), 1e-3, None, cfg)
