@@ -80,8 +80,8 @@ def _alone(kind, error, trace):
     """What is left to say when another process of the job has died."""
     if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"process {RANK}: another process of this job has ended. The last good checkpoint is whole; the same "
-          "command with --resume goes on.", file=sys.stderr)
+    print(f"process {RANK}: another process of this job has ended. The last good checkpoint is whole; the "
+          "same command with --resume goes on.", file=sys.stderr)
 
 
 def leave():
@@ -93,7 +93,7 @@ def leave():
         os._exit(0)
 
 
-SUMS = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gradients add up in 32 bits, whatever the weights are
+SUMS = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gradients add up in 32 bits
 
 
 @cache

@@ -975,8 +975,8 @@ class Run:
             with open(self.out / "log.jsonl", "a") as f:
                 print(json.dumps(numbers), file=f)
         except OSError as error:
-            raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good checkpoint "
-                             "is untouched; free some space and go on with --resume.") from None
+            raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good "
+                             "checkpoint is untouched; free some space and go on with --resume.") from None
 
     def save(self, step, model, **state):
         """state.pt first: the model's files can be made from it, not the other way round."""

@@ -371,6 +371,8 @@ def evaluate(models, rows, tokenizer, cfg):
 
 def check(cfg):
     check_common(cfg)
+    for name in ("minibatch", "epochs", "best_of_n", "eval_prompts"):
+        require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
     require(cfg.batch % cfg.minibatch == 0,
             f"--batch={cfg.batch} does not divide by --minibatch={cfg.minibatch}.")
     require(cfg.minibatch % WORLD == 0, f"--minibatch={cfg.minibatch} does not divide by {WORLD} processes.")
@@ -386,8 +388,6 @@ def check(cfg):
         require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
     for name in ("gamma", "lam"):
         require(0 <= getattr(cfg, name) <= 1, f"--{name}={getattr(cfg, name)}: from 0 to 1.")
-    for name in ("epochs", "best_of_n", "eval_prompts"):
-        require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
 
 
 def load_prompts(cfg, tokenizer):

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 BY_HAND = """{error}
 Without the hub: put config.json and model.safetensors of https://huggingface.co/openai-community/{name}
-into a folder and give that folder in place of {name}. (HF_HOME names the cache, HF_ENDPOINT a mirror, HF_TOKEN
-an account.)"""
+into a folder and give that folder in place of {name}. (HF_HOME names the cache, HF_ENDPOINT a mirror,
+HF_TOKEN an account.)"""
 
 
 def hub_folder(name):
