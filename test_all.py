@@ -1735,9 +1735,9 @@ class Fuzz(InFolder):
 
 class Processes(Commands):
     """torchrun and FSDP: on this machine with gloo, on CPUs."""
-    def torchrun(self, n, command):
+    def torchrun(self, n, command, *flags):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *flags]
         return subprocess.Popen([*start, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 cwd=ROOT, env=environment)
 
@@ -1766,7 +1766,7 @@ class Processes(Commands):
     def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(self):
         quiet(sft.main, small(sft, self.root, steps=40))
         command = self.command(sft, "killed", steps=40, lora_rank=0)
-        process = self.torchrun(2, command)
+        process = self.torchrun(2, command, "--monitor-interval=2")  # which leaves the other one time to speak
         self.wait_for_step(process, self.root / "killed/log.jsonl", 5)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
