@@ -231,11 +231,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, *kv = qkv  # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.update(layer, k, v)
-        y = attend(q, k, v, cache.mask if cache is not None else None)
+            kv = cache.update(layer, qkv[1:])
+        y = attend(q, *kv, cache.mask if cache is not None else None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -357,35 +357,32 @@ class Scorer(GPT):
 # --- generation ---------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of the tokens so far, allocated once: (layers, B, H, T, D)."""
+    """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, T, D)."""
     def __init__(self, cfg, lengths, T, like):
-        shape = cfg.n_layer, len(lengths), cfg.n_head, T, cfg.n_embd // cfg.n_head
+        shape = cfg.n_layer, 2, len(lengths), cfg.n_head, T, cfg.n_embd // cfg.n_head
         # A CPU attends twice as fast in float32. Zeros: masked values must be numbers, for 0 * nan is nan.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         with owner("KV cache"):
-            self.k, self.v = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
+            self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.lengths = torch.zeros_like(lengths)
         self.mask = None
 
-    def update(self, layer, k, v):
+    def update(self, layer, kv):
+        """New keys and values (2, B, H, T, D) -> all of them, likewise."""
         if self.mask is None:  # prefill: all rows at once, from position 0
-            self.k[layer, :, :, :k.size(2)] = k
-            self.v[layer, :, :, :k.size(2)] = v
-            return k, v
-        rows = torch.arange(len(self.lengths), device=k.device)
-        self.k[layer, rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)
-        self.v[layer, rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
-        T = self.mask.size(-1)
-        return self.k[layer, :, :, :T], self.v[layer, :, :, :T]
+            self.kv[layer, ..., :kv.size(3), :] = kv
+            return kv
+        self.kv[layer, :, self.rows, :, self.lengths] = kv[..., 0, :].transpose(0, 1).to(self.kv.dtype)
+        return self.kv[layer, ..., :self.mask.size(-1), :]
 
     def advance(self, lengths):
         """The next call brings one token a row, at position `lengths` (B,)."""
-        self.lengths = lengths
+        self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
         positions = torch.arange(int(lengths.max()) + 1, device=lengths.device)
         self.mask = (positions <= lengths[:, None])[:, None, None, :]
 
     def keep(self, rows):
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.kv = self.kv[:, :, rows]
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -535,9 +532,10 @@ def rng(seed, *place):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+@functools.lru_cache(1)  # every step of an epoch asks for it
 def batches(lengths, batch, seed, epoch):
-    """Lists of `batch` indices that cover all rows, in random order, each of similar length: little is
-    padding.
+    """lengths: a tuple -> lists of `batch` indices that cover all rows, in random order, each of similar
+    length: little is padding.
 
     All are full: where `batch` does not divide the rows, the last one is filled up with rows from the first.
     """

@@ -463,7 +463,7 @@ def main(cfg):
     with run:
         for step in run.steps("ppo"):
             clock = time.time()
-            rows = sorted((train[i] for i in batch_at(step, [0] * len(train), cfg.batch, cfg.seed)),
+            rows = sorted((train[i] for i in batch_at(step, (0,) * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
             batch = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):

@@ -202,7 +202,7 @@ def main(cfg):
     model, tokenizer = make_model(cfg, Scorer, device, dtype)
     shard(model, device)
     train, val = load_pairs(cfg, tokenizer)
-    lengths = [max(map(len, row["ids"])) for row in train]
+    lengths = tuple(max(map(len, row["ids"])) for row in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 

@@ -128,7 +128,7 @@ def main(cfg):
     shard(model, device)
     train, val, val_characters = load_examples(cfg, tokenizer)
     prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
-    lengths = [len(idx) for idx, _ in train]
+    lengths = tuple(len(idx) for idx, _ in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} rows = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 

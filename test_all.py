@@ -635,7 +635,7 @@ class Tokens(InFolder):
         self.assertEqual((len(prompt), prompt[-1]), (20, tokenizer.assistant))
 
     def test_batches_cover_every_row_and_hold_similar_lengths(self):
-        lengths = torch.randint(5, 100, (1000,), generator=rng(0)).tolist()
+        lengths = tuple(torch.randint(5, 100, (1000,), generator=rng(0)).tolist())
         out = m.batches(lengths, 16, seed=0, epoch=0)
         self.assertEqual({i for b in out for i in b}, set(range(1000)))
         self.assertEqual({len(b) for b in out}, {16})
