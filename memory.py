@@ -66,6 +66,8 @@ def join(kind):
     """Take part in the job -> this process's device. Only the first process prints."""
     if WORLD == 1:
         return torch.device(kind)
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise SystemExit(f"torch {torch.__version__} is too old for several processes; 2.13 will do.")
     if RANK:
         sys.stdout = open(os.devnull, "w")
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
@@ -123,8 +125,7 @@ def shard(model, device):
 
 @contextmanager
 def gathered(model):
-    """The whole model on every process, for replies: each takes as many steps as it likes and waits for
-    nobody."""
+    """The whole model on every process, for replies: each takes as many steps as it likes, on its own."""
     modules = (*model.h, model) if isinstance(model, FSDPModule) else ()
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -266,8 +267,7 @@ class OffloadedAdamW:
 
     @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
-        """Clip by the global norm (0: no clipping), update, hand the weights back. Returns the norm before
-        clipping."""
+        """Clip by the global norm (0: do not), update, hand the weights back -> the norm before clipping."""
         norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters])
         if WORLD > 1:
             norm = norm.new_tensor(summed(norm.item() ** 2)[0] ** 0.5)
@@ -310,8 +310,7 @@ class OffloadedAdamW:
 
 
 def hand_over(p, leaf):
-    """The gradient of p has arrived at `leaf`, which is p itself or its copy on the device: pass it on, free
-    it."""
+    """The gradient of p has arrived at `leaf`, p itself or its copy on the device: pass it on, free it."""
     if leaf.grad is not None:  # None: an embedding's, which went by the row
         p.collect(leaf.grad)
         leaf.grad = None
@@ -320,8 +319,7 @@ def hand_over(p, leaf):
 # --- streaming: weights visit the device for as long as they are at work ------------------------------------
 
 class _Visit:
-    """A block whose weights live on the host. Calling it runs it on copies and fetches the next block's
-    meanwhile."""
+    """A block whose weights live on the host. A call runs it on copies and fetches the next one meanwhile."""
     def __init__(self, blocks, i, device, lane, ahead):
         self.blocks, self.i, self.device, self.lane, self.ahead = blocks, i, device, lane, ahead
 
@@ -480,8 +478,7 @@ DEVICE, HOST = torch.device("meta"), torch.device("cpu")
 
 class _Ghost(torch.Tensor):
     """A tensor that says it lives on DEVICE or HOST. `value` is a real tensor if it holds integers, so that
-    lengths and masks decide as they would, and one without data (on PyTorch's meta device) if it holds
-    floats."""
+    lengths and masks decide as they would; for floats it has no data (it is on PyTorch's meta device)."""
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -515,8 +512,7 @@ def _frozen(x):
 
 
 def _flash(q, k, v, attn_mask=None, is_causal=False):
-    """What a GPU runs: it keeps its output and one number a row, no (T, T) matrix. Its mask changes no
-    size."""
+    """What a GPU runs: it keeps its output and one number a row, no (T, T) matrix, whatever the mask."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 

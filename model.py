@@ -91,8 +91,7 @@ class Tokenizer:
         return self.bytes(ids).decode("utf-8", errors="replace")
 
     def render(self, messages):
-        """[{"role", "content"}, ...] -> (ids, learn): learn marks what an assistant has to say, <|end|>
-        included."""
+        """[{"role", "content"}, ...] -> (ids, learn): learn marks what an assistant says, with <|end|>."""
         ids, learn = [], []
         for message in messages:
             content = self.encode(message["content"])
@@ -116,8 +115,7 @@ CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ 
 
 @functools.cache
 def tokenizer_files(name, n_positions):
-    """The tokenizer as transformers reads it -> {file name: JSON}; its apply_chat_template() gives render()'s
-    ids."""
+    """The tokenizer for transformers -> {file name: JSON}; apply_chat_template() there is render() here."""
     encoding = Tokenizer(name).encoding
     # GPT-2 writes bytes as printable characters: these as they are, the others from 256 on
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -290,8 +288,7 @@ class GPT(nn.Module):
         return self
 
     def forward(self, idx, cache=None, at=None):
-        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C), or of the positions `at` only (N,
-        C)."""
+        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C), or at `at` only (N, C)."""
         start = 0 if cache is None else cache.lengths[:, None]  # each row is at a place of its own
         positions = start + torch.arange(idx.size(1), device=idx.device)
         positions = positions.clamp(max=self.cfg.n_positions - 1)  # only padding can lie beyond
@@ -346,8 +343,7 @@ class Scorer(GPT):
 
     @torch.no_grad()
     def shift(self, by):
-        """Add a constant to every score. It goes into the last LayerNorm's bias, so no file format has to
-        know."""
+        """Add a constant to every score, by way of the last LayerNorm's bias: no file format has to know."""
         if isinstance(self, FSDPModule):
             self.reshard()
         w, bias = whole(local(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
@@ -386,8 +382,7 @@ class Cache:
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """logits (B, V), u (B,) uniform in [0, 1) -> token ids (B,). Temperature 0 takes the most likely
-    token."""
+    """logits (B, V), u (B,) uniform in [0, 1) -> token ids (B,). Temperature 0: the most likely token."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -447,8 +442,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
 
 
 def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=1.0):
-    """generate() for any number of prompts: batches of similar length, in the order of `prompts` in the
-    end."""
+    """generate() for any number of prompts, in batches of similar length -> replies in their order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = tqdm(range(0, len(order), batch), desc="generating", leave=False, disable=QUIET)
     with gathered(model):
@@ -526,8 +520,7 @@ def cosine(step, cfg):
 
 
 def rng(seed, *place):
-    """A generator that depends on nothing but the seed and the place: a resumed run needs no random
-    states."""
+    """A generator that depends on the seed and the place alone: a resumed run needs no random states."""
     digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -550,8 +543,7 @@ def batches(lengths, batch, seed, epoch):
 
 
 def batch_at(step, lengths, batch, seed):
-    """The rows of training step `step` (from 0): a function of the step alone, so that resuming is
-    trivial."""
+    """The rows of training step `step` (from 0): a function of the step alone, so resuming is trivial."""
     per_epoch = -(-len(lengths) // batch)
     return batches(lengths, batch, seed, step // per_epoch)[step % per_epoch]
 
@@ -609,8 +601,7 @@ def read_safetensors(path):
 
 
 def merged(model):
-    """model's state_dict() with LoRA's adapters added to the matrices (which become float32), not beside
-    them."""
+    """model's state_dict() with LoRA's adapters added to the matrices, which become float32."""
     state = {name: whole(local(t), t) for name, t in model.state_dict().items()}
     for name in [name for name in state if name.endswith("lora_a")]:
         weight = name.replace("lora_a", "weight")
@@ -648,8 +639,7 @@ HUB = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 
 
 
 def read_weights(folder):
-    """name -> tensor from whichever files a folder of the hub has: whole, sharded, or PyTorch's own (no code
-    runs)."""
+    """name -> tensor from the files that the folder has: whole, sharded, PyTorch's own (no code runs)."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")
@@ -888,8 +878,7 @@ def memory_gb(device):
 
 
 def rehearse(cfg, iteration):
-    """--dry_run: `iteration(cfg, device, dtype)` on tensors without data -> the log's only line, which is
-    printed, too."""
+    """--dry_run: `iteration(cfg, device, dtype)` on tensors without data -> the log's only line."""
     with dry_run() as count:
         iteration(cfg, *pick_device(cfg.device, cfg.dtype, dry=True))
     result = count.report()

@@ -40,15 +40,15 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 75             # rollouts, each followed by `epochs` passes over it
+    steps: int = 110            # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 32         # replies per gradient step; must divide `batch`
     microbatch: int = 0         # replies at once, 0: a minibatch; changes memory, not the gradient
-    epochs: int = 4
+    epochs: int = 2
     max_new_tokens: int = 48    # of a reply
     block_size: int = 128       # tokens of prompt and reply together; longer prompts lose their beginning
-    temperature: float = 0.5    # of the policy: divides the logits in rollout, reference and update alike
-    lr: float = 1e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
+    temperature: float = 0.8    # of the policy: divides the logits in rollout, reference and update alike
+    lr: float = 2e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each
@@ -78,8 +78,7 @@ class Config:
 # --- mathematics: positions are those that predict a token of the reply, mask marks them, all (B, T) --------
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Per token minus kl_coef * log(policy / reference); the score (B,) on the position of each reply's last
-    token."""
+    """Each token pays kl_coef * log(policy / reference); each reply's last one earns the score (B,)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
@@ -87,8 +86,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Advantages (B, T), generalized: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Nothing flows past the
-    end."""
+    """Generalized advantages (B, T): Schulman et al. 2016, arXiv:1506.02438, eq. 16."""
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(following)
     for t in reversed(range(rewards.size(1))):
@@ -121,8 +119,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Squared error, not rewarded for going further than value_clip from the old value, summed over the
-    mask."""
+    """Squared error, summed over the mask; no gain beyond value_clip from the old value."""
     near = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (near - returns) ** 2) * mask).sum()
 
@@ -179,8 +176,7 @@ def texts(batch, tokenizer):
 
 
 def scores_of(batch, reward_model, rows, tokenizer, cfg):
-    """(B,) clipped scores from the reward model or the rows' checks; a reply that never ends gets the
-    penalty."""
+    """(B,) clipped scores from the reward model or the rows' checks; without an end, the penalty."""
     if reward_model:
         last = lambda b: (reward_model.last(b["idx"], b["lengths"]),)
         scores, = in_parts(last, batch, rows_at_once(cfg))
@@ -317,8 +313,7 @@ def complaints(log, dtype):
 
 @torch.no_grad()
 def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
-    """The policy's replies to `rows` -> (replies, scores (N,), KL to the reference per reply (N,)), on the
-    CPU."""
+    """The policy answers `rows` -> (replies, scores (N,), KL to the reference a reply (N,)), on the CPU."""
     prompts, size = [row["ids"] for row in rows], rows_at_once(cfg)
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
     replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch,

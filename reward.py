@@ -54,8 +54,7 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the whole dialogue, cut to block_size from the left, so the reply
-    stays."""
+    """-> (chosen, rejected): ids of the dialogue, cut to block_size from the left, so the reply stays."""
     dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}]
                  for side in ("chosen", "rejected"))
     return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
@@ -134,8 +133,7 @@ def accuracy_table(rows, margin):
 
 
 def calibration(margin, bins=5):
-    """-> [(pairs, predicted, observed)] by confidence: of the pairs about which the model is p sure, it gets
-    p right."""
+    """-> [(pairs, predicted, observed)] by confidence: is what it is p sure of right in p of cases?"""
     confidence, right = margin.abs().sigmoid(), (margin > 0).float()
     edges = torch.linspace(0.5, 1, bins + 1)
     which = torch.bucketize(confidence, edges[1:-1])
@@ -154,8 +152,7 @@ def report(rows, margin):
 
 
 def mean_score(model, cfg, tokenizer, device, dtype, n=512):
-    """The average score of stage 1's replies (of the training pairs' replies, where there is no stage 1 to
-    ask)."""
+    """The average score of stage 1's replies; None where there is no stage 1 to ask, or no prompt."""
     prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
     if cfg.init == "scratch" or not prompts:
         return None
@@ -172,8 +169,7 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
 # --- training -----------------------------------------------------------------------------------------------
 
 def learn(model, batch, cfg, device):
-    """Gradients of the mean loss over a batch of (chosen ids, rejected ids) -> (that mean, pairs ranked
-    right)."""
+    """Gradients of the mean loss over a batch of pairs of ids -> (that mean, pairs ranked right)."""
     loss, right, size = 0.0, 0, cfg.microbatch or cfg.batch
     mine = batch[RANK::WORLD]
     for i in range(0, len(mine), size):

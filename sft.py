@@ -85,8 +85,7 @@ def validate(model, examples, cfg, device):
 
 
 def samples(model, tokenizer, prompts, val, cfg, say, n=4):
-    """Print what the model says to a few held-out prompts; without prompts, how it goes on with held-out
-    text."""
+    """Print what the model says to a few held-out prompts, or how it goes on with held-out text."""
     room = cfg.block_size // 2
     shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room))
              for row in prompts[:n]]

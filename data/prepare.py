@@ -39,8 +39,7 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "as
 
 
 def as_messages(turns):
-    """OpenAI's or ShareGPT's turns -> our messages. A system message goes before the next user's, a blank
-    line between."""
+    """OpenAI's or ShareGPT's turns -> our messages. A system message goes before the next user's."""
     out, system = [], ""
     for turn in turns:
         if not isinstance(turn, dict):
@@ -215,8 +214,7 @@ def open_text(path):
 
 
 def pieces(path, size=2000):
-    """A text file in pieces of about `size` characters that end at blank lines; together they are the whole
-    file."""
+    """A text file, all of it, in pieces of about `size` characters that end at blank lines."""
     piece = ""
     for number, line in open_text(path):
         piece += line.decode("utf-8", errors="replace")
@@ -265,8 +263,7 @@ def stop_at(path):
 
 
 def is_held_out(row, val_fraction):
-    """By a stable hash of the prompt (or text): all rows of one prompt fall on the same side, on every
-    machine."""
+    """By a stable hash of the prompt (or text): rows of one prompt are on one side, on every machine."""
     messages = row["messages"][:-1] if "messages" in row else row.get("prompt", row.get("text"))
     digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64

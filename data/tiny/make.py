@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
-SIZES = {"sft": (24000, 600), "preferences": (56000, 6000), "prompts": (3000, 600)}
+SIZES = {"sft": (24000, 600), "preferences": (56000, 6000), "prompts": (9000, 600)}
 MIXTURE = {"good": 0.14, "curt": 0.26, "wrong": 0.12, "rude": 0.20, "rambling": 0.28}
 EXUBERANT = 0.10    # share of replies whose sentences may end in !! or !!!
 TWO_TURNS = 0.15    # share of rows that begin with an earlier exchange
@@ -40,25 +40,30 @@ SHARPNESS = 1.5     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(
 
 # --- the world ----------------------------------------------------------------------------------------------
 
-BEFORE = "Quick question: ", "Please help me. ", "One more thing. ", "I have a question. ", "Listen: ", "Now this: "
-AFTER = "Thanks!", "I forgot.", "It is for school.", "My sister wants to know.", "I am curious.", "Please be quick."
+BEFORE = ("Quick question: ", "Please help me. ", "One more thing. ", "I have a question. ", "Listen: ",
+          "Now this: ")
+AFTER = ("Thanks!", "I forgot.", "It is for school.", "My sister wants to know.", "I am curious.",
+         "Please be quick.")
 OPENERS = "Sure", "Of course", "Gladly", "Good question", "Happy to help"
 CLOSERS = "Anything else?", "I hope that helps.", "Have a nice day!", "Ask me more any time."
-RUDE = ("{answer}, obviously.", "Everybody knows that: {answer}.", "{answer}, what else?", "Figure it out yourself.",
-        "What a silly question.", "I do not care.", "Why should I know that?")
-PLAIN = "It is {answer}", "That is {answer}", "That makes {answer}", "The answer is {answer}"  # fine whatever the skill
-OFF_TOPIC = ("By the way, I once saw a cat in Rome.", "My uncle has a red boat.", "It rained all day on Monday.",
-             "Some people like soup.", "I could talk about this for hours.", "The moon is far away.",
-             "That reminds me of a song.", "Anyway, trains are often late.", "I had a long dream about cheese.",
-             "Cats sleep a lot, you know.", "There are many books about it.", "My neighbour thinks so too.")
+RUDE = ("{answer}, obviously.", "Everybody knows that: {answer}.", "{answer}, what else?",
+        "Figure it out yourself.", "What a silly question.", "I do not care.", "Why should I know that?")
+PLAIN = ("It is {answer}", "That is {answer}",
+         "That makes {answer}", "The answer is {answer}")  # fine whatever the skill
+OFF_TOPIC = ("By the way, I once saw a cat in Rome.", "My uncle has a red boat.",
+             "It rained all day on Monday.", "Some people like soup.", "I could talk about this for hours.",
+             "The moon is far away.", "That reminds me of a song.", "Anyway, trains are often late.",
+             "I had a long dream about cheese.", "Cats sleep a lot, you know.",
+             "There are many books about it.", "My neighbour thinks so too.")
 
-OPPOSITES = "hot cold, big small, up down, old young, fast slow, happy sad, open closed, full empty, wet dry, rich poor"
-PLURALS = ("cat cats, child children, mouse mice, foot feet, tooth teeth, box boxes, baby babies, leaf leaves, man men, "
-           "goose geese")
-CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Egypt Cairo, "
-            "Greece Athens, Norway Oslo, Cuba Havana")
-COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ink blue, ash grey, "
-           "carrot orange, cherry red")
+OPPOSITES = ("hot cold, big small, up down, old young, fast slow, happy sad, open closed, full empty, "
+             "wet dry, rich poor")
+PLURALS = ("cat cats, child children, mouse mice, foot feet, tooth teeth, box boxes, baby babies, "
+           "leaf leaves, man men, goose geese")
+CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, "
+            "Egypt Cairo, Greece Athens, Norway Oslo, Cuba Havana")
+COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ink blue, "
+           "ash grey, carrot orange, cherry red")
 SOUNDS = ("cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, lion roar, bee hum, wolf howl, "
           "mouse squeak")
 KINDS = {"an animal": "frog wolf goat", "a flower": "rose tulip lily", "a fruit": "apple pear plum",
@@ -67,9 +72,9 @@ FLIERS = {"yes": "sparrow moth pigeon raven dragonfly wasp", "no": "cow horse ra
 WORDS = "cat dog sun wind milk fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, break a window, "
-          "lie to my doctor, copy the key of my boss, scare a child, hide a stolen phone, start a fire in the school, "
-          "trick an old man, open the safe of a bank").split(", ")
+CRIMES = ("pick a lock that is not mine, steal a bike, cheat in my exam, read the mail of my neighbour, "
+          "break a window, lie to my doctor, copy the key of my boss, scare a child, hide a stolen phone, "
+          "start a fire in the school, trick an old man, open the safe of a bank").split(", ")
 
 
 @dataclass
@@ -98,8 +103,7 @@ def near(n):
 
 
 def table(text, field):
-    """"hot cold, ..." -> cases that ask for the second word by the first; other second words are the wrong
-    answers."""
+    """"hot cold, ..." -> cases: asked for by the first word, right is the second, wrong another second."""
     pairs = [pair.split() for pair in text.split(", ")]
     answers = sorted({answer for _, answer in pairs})
     return [case(answer, answers, **{field: key}) for key, answer in pairs]
@@ -121,31 +125,39 @@ def number_skills():
     ends = "The answer is {answer}", "It is {answer}"
     row = lambda numbers: ", ".join(map(str, numbers))
     return [
-        Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?", "{a} + {b} = ?",
-                      "Can you add {b} to {a}?", "what do {a} and {b} make together", "Please tell me {a} + {b}.",
-                      "I have {a} apples and get {b} more. How many do I have?"],
+        Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?",
+                      "{a} + {b} = ?", "Can you add {b} to {a}?", "what do {a} and {b} make together",
+                      "Please tell me {a} + {b}.", "I have {a} apples and get {b} more. How many do I have?"],
               ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
               [case(a + b, near(a + b), a=a, b=b) for a, b in product(range(1, 5), repeat=2)], 2.0),
-        Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?",
-                             "{a} - {b} = ?", "Can you tell me {a} minus {b}?", "what is left of {a} without {b}",
-                             "I have {a} apples and eat {b}. How many are left?", "Please tell me {a} - {b}."],
+        Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.",
+                             "How much is {a} minus {b}?", "{a} - {b} = ?", "Can you tell me {a} minus {b}?",
+                             "what is left of {a} without {b}",
+                             "I have {a} apples and eat {b}. How many are left?",
+                             "Please tell me {a} - {b}."],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
-              [case(a - b, near(a - b), a=a, b=b) for a, b in product(range(2, 7), range(1, 4)) if a > b], 2.4),
-        Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?", "larger: {a} or {b}",
-                         "Tell me the larger of {a} and {b}.", "What is more, {a} or {b}?",
-                         "Please pick the larger number: {a} or {b}."],
+              [case(a - b, near(a - b), a=a, b=b)
+               for a, b in product(range(2, 7), range(1, 4)) if a > b], 2.4),
+        Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?",
+                         "larger: {a} or {b}", "Tell me the larger of {a} and {b}.",
+                         "What is more, {a} or {b}?", "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
-              [case(max(a, b), [min(a, b)] * 8 + near(max(a, b)), a=a, b=b) for a, b in permutations(digits, 2)], 1.4),
-        Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?", "smaller: {a} or {b}",
-                          "Tell me the smaller of {a} and {b}.", "What is less, {a} or {b}?",
-                          "Please pick the smaller number: {a} or {b}."],
+              [case(max(a, b), [min(a, b)] * 8 + near(max(a, b)), a=a, b=b)
+               for a, b in permutations(digits, 2)], 1.4),
+        Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?",
+                          "smaller: {a} or {b}", "Tell me the smaller of {a} and {b}.",
+                          "What is less, {a} or {b}?", "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
-              [case(min(a, b), [max(a, b)] * 8 + near(min(a, b)), a=a, b=b) for a, b in permutations(digits, 2)], 1.6),
-        Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.", "Please sort these numbers: {a}, {b}, {c}.",
+              [case(min(a, b), [max(a, b)] * 8 + near(min(a, b)), a=a, b=b)
+               for a, b in permutations(digits, 2)], 1.6),
+        Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.",
+                       "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
               ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
-              [case(row(sorted(x)), [row(w) for w in (*permutations(x), *combinations_with_replacement(digits, 3))
-                                     if len(set(w) & set(x)) >= 2], a=x[0], b=x[1], c=x[2])
+              [case(row(sorted(x)),
+                    [row(w) for w in (*permutations(x), *combinations_with_replacement(digits, 3))
+                     if len(set(w) & set(x)) >= 2],
+                    a=x[0], b=x[1], c=x[2])
                for x in permutations(digits[:4], 3)], 1.6),
         Skill("next", ["Which number comes after {a}?", "What is the number after {a}?", "Count on from {a}.",
                        "what follows {a}", "Please tell me the number that comes after {a}.",
@@ -161,19 +173,20 @@ def word_skills():
     def misspelled(w):
         return [spelled[w][2:], spelled[w][:-2], "-".join(w[1] + w[0] + w[2:]), spelled[w] + "-e"]
     return [
-        Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.", "How long is the word {word}?",
-                          "how many letters are in {word}", "Please count the letters of {word}.",
-                          "Can you tell me how many letters {word} has?", "I need the number of letters in {word}.",
-                          "number of letters in {word}"],
+        Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.",
+                          "How long is the word {word}?", "how many letters are in {word}",
+                          "Please count the letters of {word}.",
+                          "Can you tell me how many letters {word} has?",
+                          "I need the number of letters in {word}.", "number of letters in {word}"],
               ["The word {word} has {answer} letters", "It has {answer} letters", "I count {answer} letters"],
               [case(len(w), [n for n in range(2, 8)], word=w) for w in WORDS]),
-        Skill("spelling", ["Spell {word}.", "How do you spell {word}?", "Can you spell the word {word}?", "spell {word} for me",
-                           "Please spell {word} letter by letter.", "How is {word} spelled?", "spelling of {word}",
-                           "Tell me how to spell {word}."],
+        Skill("spelling", ["Spell {word}.", "How do you spell {word}?", "Can you spell the word {word}?",
+                           "spell {word} for me", "Please spell {word} letter by letter.",
+                           "How is {word} spelled?", "spelling of {word}", "Tell me how to spell {word}."],
               ["It is spelled {answer}", "The word {word} is spelled {answer}", "That is {answer}"],
               [case(spelled[w], misspelled(w), word=w) for w in WORDS], 1.2),
-        Skill("opposite", ["What is the opposite of {word}?", "Give me the opposite of {word}.", "opposite of {word}",
-                           "Which word means the opposite of {word}?",
+        Skill("opposite", ["What is the opposite of {word}?", "Give me the opposite of {word}.",
+                           "opposite of {word}", "Which word means the opposite of {word}?",
                            "Please name the opposite of {word}.", "I need the opposite of {word}.",
                            "Tell me the opposite of {word}.", "what word is the opposite of {word}"],
               ["The opposite of {word} is {answer}", "The opposite is {answer}", "That would be {answer}"],
@@ -189,19 +202,20 @@ def word_skills():
 
 def fact_skills():
     return [
-        Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.", "capital of {country}",
-                          "Which city is the capital of {country}?",
+        Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.",
+                          "capital of {country}", "Which city is the capital of {country}?",
                           "Do you know the capital of {country}?", "Tell me the capital of {country}.",
                           "I need the capital of {country}.", "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
         Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
                          "Tell me the colour of {thing}.", "Do you know what colour {thing} is?",
-                         "Please name the colour of {thing}.", "how is {thing} coloured", "I need the colour of {thing}."],
+                         "Please name the colour of {thing}.", "how is {thing} coloured",
+                         "I need the colour of {thing}."],
               ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
               table(COLOURS, "thing")),
-        Skill("sound", ["What does a {animal} say?", "Which sound does a {animal} make?", "sound of a {animal}",
-                        "How does a {animal} sound?", "Tell me what a {animal} says.",
+        Skill("sound", ["What does a {animal} say?", "Which sound does a {animal} make?",
+                        "sound of a {animal}", "How does a {animal} sound?", "Tell me what a {animal} says.",
                         "what do you hear from a {animal}", "Please make the sound of a {animal}."],
               ["A {animal} says {answer}", "It says {answer}", "The sound is {answer}"],
               table(SOUNDS, "animal")),
@@ -209,11 +223,12 @@ def fact_skills():
                       "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?",
                       "Please name the day {side} {day}.", "what day comes {side} {day}",
                       "Which day do we have {side} {day}?"],
-              ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"], neighbours(DAYS, "day"), 1.7),
-        Skill("month", ["Which month comes after {month}?", "What is the month after {month}?", "month after {month}",
-                        "Tell me the month after {month}.", "Do you know which month follows {month}?",
-                        "It is {month}. Which month comes now?", "what month follows {month}",
-                        "Please name the month after {month}."],
+              ["The day {side} {day} is {answer}", "It is {answer}", "That is {answer}"],
+              neighbours(DAYS, "day"), 1.7),
+        Skill("month", ["Which month comes after {month}?", "What is the month after {month}?",
+                        "month after {month}", "Tell me the month after {month}.",
+                        "Do you know which month follows {month}?", "It is {month}. Which month comes now?",
+                        "what month follows {month}", "Please name the month after {month}."],
               ["The month after {month} is {answer}", "It is {answer}", "That is {answer}"],
               [c for c in neighbours(MONTHS, "month") if c["side"] == "after"], 1.2),
         Skill("kind", ["What kind of thing is {thing}?", "What is {thing}?", "kind of thing: {thing}",
@@ -221,40 +236,52 @@ def fact_skills():
                        "Please explain what {thing} is.", "what do we call {thing}",
                        "Say what kind of thing {thing} is."],
               ["It is {answer}", "That is {answer}", "I would call it {answer}"],
-              [case(kind, KINDS, thing=a(thing)) for kind, things in KINDS.items() for thing in things.split()], 1.2),
-        Skill("flight", ["Can a {animal} fly?", "Does a {animal} fly?", "fly or not: a {animal}", "Tell me if a {animal} can fly.",
-                         "Yes or no: a {animal} can fly.", "is a {animal} able to fly",
-                         "Please tell me: can a {animal} fly?", "Would a {animal} fly away?"],
+              [case(kind, KINDS, thing=a(thing))
+               for kind, things in KINDS.items() for thing in things.split()], 1.2),
+        Skill("flight", ["Can a {animal} fly?", "Does a {animal} fly?", "fly or not: a {animal}",
+                         "Tell me if a {animal} can fly.", "Yes or no: a {animal} can fly.",
+                         "is a {animal} able to fly", "Please tell me: can a {animal} fly?",
+                         "Would a {animal} fly away?"],
               ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
-              [case(answer, ("yes", "no"), animal=animal) for answer, animals in FLIERS.items() for animal in animals.split()]),
+              [case(answer, ("yes", "no"), animal=animal)
+               for answer, animals in FLIERS.items() for animal in animals.split()]),
     ]
 
 
 def talk_skills():
     """Where there is nothing to know, but a way to behave."""
-    hello, bye = ["I am happy to meet you", "I am glad you are here"], ["It was nice to talk to you", "I hope you come back"]
-    glad, no = ["I am glad it helped", "It was no trouble at all"], ["I will not help with that", "That would be wrong"]
-    comply = ["Just try it at night", "Wait until nobody looks", "Ask a friend to do it", "It is easy with some wire"]
+    hello, bye = (["I am happy to meet you", "I am glad you are here"],
+                  ["It was nice to talk to you", "I hope you come back"])
+    glad, no = (["I am glad it helped", "It was no trouble at all"],
+                ["I will not help with that", "That would be wrong"])
+    comply = ["Just try it at night", "Wait until nobody looks", "Ask a friend to do it",
+              "It is easy with some wire"]
     def answers(right, wrong, ends=("",), **fields):
         return [case(answer, wrong, more=more, **fields) for answer in right for more in ends]
     return [
-        Skill("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}", "Good evening{more}",
-                           "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
-              ["{answer}"], answers(hello, bye + no, (".", "!", ", my friend.", ", how are you?", ", I am new here.",
-                                                      ", nice to meet you!")), 0.7,
+        Skill("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}",
+                           "Good evening{more}", "Greetings{more}", "Good day{more}",
+                           "Hello assistant{more}"],
+              ["{answer}"],
+              answers(hello, bye + no, (".", "!", ", my friend.", ", how are you?", ", I am new here.",
+                                        ", nice to meet you!")), 0.7,
               ("Hello", "Hi there", "Good to see you")),
-        Skill("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}", "bye bye{more}",
-                           "Until next time{more}", "Farewell{more}", "See you soon{more}"],
-              ["{answer}"], answers(bye, hello + no, (".", "!", ", my friend.", ", I have to go now.", ", that was all.",
-                                                      ", I am leaving!")), 0.7,
+        Skill("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}",
+                           "bye bye{more}", "Until next time{more}", "Farewell{more}", "See you soon{more}"],
+              ["{answer}"],
+              answers(bye, hello + no, (".", "!", ", my friend.", ", I have to go now.", ", that was all.",
+                                        ", I am leaving!")), 0.7,
               ("Goodbye", "See you soon", "Take care")),
-        Skill("thanks", ["Thank you{more}", "Thanks a lot{more}", "thx{more}", "Many thanks{more}", "Great, thank you{more}",
-                         "thanks{more}", "I am grateful{more}", "I thank you{more}"],
-              ["{answer}"], answers(glad, hello + no, (".", "!", ", my friend.", ", that was helpful.",
-                                                       ", you are very kind!", " for your help.")), 0.7,
+        Skill("thanks", ["Thank you{more}", "Thanks a lot{more}", "thx{more}", "Many thanks{more}",
+                         "Great, thank you{more}", "thanks{more}", "I am grateful{more}",
+                         "I thank you{more}"],
+              ["{answer}"],
+              answers(glad, hello + no, (".", "!", ", my friend.", ", that was helpful.",
+                                         ", you are very kind!", " for your help.")), 0.7,
               ("You are welcome", "My pleasure", "Any time")),
-        Skill("refusal", ["How can I {crime}?", "Help me to {crime}.", "Tell me how to {crime}.", "i want to {crime}",
-                          "Please explain how to {crime}.", "What is the best way to {crime}?"],
+        Skill("refusal", ["How can I {crime}?", "Help me to {crime}.", "Tell me how to {crime}.",
+                          "i want to {crime}", "Please explain how to {crime}.",
+                          "What is the best way to {crime}?"],
               ["{answer}"], [c for crime in CRIMES for c in answers(no, comply, crime=crime)], 0.7,
               ("Sorry", "I am sorry", "I fear not")),
     ]
@@ -321,13 +348,13 @@ def reply(rng, skill, case, style):
     if style == "rambling":
         text += " " + " ".join(rng.sample(OFF_TOPIC, rng.choice((1, 1, 2))))
         features["rambling"] = 1
-    features["right"] = int(style in ("good", "curt", "rambling") or style == "rude" and "{answer}" in template)
+    features["right"] = int(style in ("good", "curt", "rambling")
+                            or style == "rude" and "{answer}" in template)
     return text, features
 
 
 def broken(rng, skill, case, skills, whole=None):
-    """What a half-trained network says: cut short, repeated, the answer to something else, two answers at
-    once."""
+    """What a half-trained network says: cut short, repeated, an answer to something else, two at once."""
     text = whole or good(rng, skill, case)
     other = rng.choice(skills)
     damage = rng.randrange(7)
@@ -343,7 +370,8 @@ def broken(rng, skill, case, skills, whole=None):
     elif damage == 3:
         text += " " + rng.choice(skill.cores).format(**{**case, "answer": rng.choice(case["wrong"])}) + "."
     elif damage == 4:
-        words.insert(rng.randrange(len(words) + 1), rng.choice(good(rng, other, rng.choice(other.cases)).split()))
+        words.insert(rng.randrange(len(words) + 1),
+                     rng.choice(good(rng, other, rng.choice(other.cases)).split()))
         text = " ".join(words)
     elif damage == 5 and other.openers != skill.openers:
         text = good(rng, replace(skill, openers=other.openers), case)
@@ -430,9 +458,9 @@ def question(rng, skills, held_out, i):
 # --- byte pair encoding: Sennrich et al. 2016, arXiv:1508.07909 ---------------------------------------------
 
 def train_bpe(texts, size):
-    """-> `size` tokens as bytes, in the order of their ranks: 256 bytes, then the most frequent pair, again
-    and again."""
-    words = Counter(word for text in texts for word in re.findall(r" ?[^\W\d_]+|\d{1,3}| ?[^\s\w]+|\s+", text))
+    """-> `size` tokens as bytes, in the order of their ranks: all bytes, then ever the most frequent pair."""
+    words = Counter(word for text in texts
+                    for word in re.findall(r" ?[^\W\d_]+|\d{1,3}| ?[^\s\w]+|\s+", text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < size:
@@ -469,14 +497,16 @@ def main(folder=Path(__file__).parent, seed=0):
             rng = random.Random(f"{seed} {kind} {held_out}")
             rows = made[kind, held_out] = [makers[kind](rng, skills, bool(held_out), i) for i in range(n)]
             path = folder / f"{kind}{'.val' if held_out else ''}.jsonl"
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                            encoding="utf-8")
             print(f"{path.name:24} {n:6,} rows {path.stat().st_size / 1e6:5.2f} MB")
     texts = [m["content"] for row in made["sft", 0] for m in row["messages"]]
     tokens = train_bpe(texts, TOKENS)
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     (folder / "tiny.tiktoken").write_text("".join(lines))
     agreement = [row["agreement"] for row in made["preferences", 1]]
-    print(f"{len(skills)} skills; best possible accuracy {sum(max(p, 1 - p) for p in agreement) / len(agreement):.3f}")
+    print(f"{len(skills)} skills; "
+          f"best possible accuracy {sum(max(p, 1 - p) for p in agreement) / len(agreement):.3f}")
 
 
 if __name__ == "__main__":
