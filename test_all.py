@@ -1,7 +1,8 @@
 """Every claim, checked. A test's name is the claim; test_bug_NN are real bugs of other code bases, by name.
 
     python test_all.py              # or: python test_all.py Bugs.test_bug_05_padding_leaks_into_returns
-    python test_all.py bench        # speed, one JSON line a workload; bench sft ppo: only these; bench tricks: memory
+    python test_all.py bench        # speed, one JSON line a workload; bench sft ppo: only these;
+                                    # bench tricks: memory
     python test_all.py fit          # the largest model that fits, from dry runs
     python test_all.py readme       # the README's commands with settings cut short, and its exercises
     FUZZ=10000 python test_all.py Fuzz      # so many damaged files of each kind
@@ -104,12 +105,14 @@ def quiet(function, *args, **kwargs):
 
 def small(stage, root, **changes):
     """A stage's Config that runs in about a second."""
-    defaults = dict(data=str(root / "data"), out=str(root / "out" / stage.__name__), device="cpu", dtype="float32",
-                    block_size=64, steps=6, batch=8, n_layer=2, n_embd=32, save_every=2, eval_every=3, log_every=1)
+    defaults = dict(data=str(root / "data"), out=str(root / "out" / stage.__name__), device="cpu",
+                    dtype="float32", block_size=64, steps=6, batch=8, n_layer=2, n_embd=32, save_every=2,
+                    eval_every=3, log_every=1)
     if stage is not sft:
         defaults["init"] = str(root / "out" / "sft")
     if stage is ppo:
-        defaults |= dict(reward=str(root / "out" / "reward"), minibatch=4, epochs=2, max_new_tokens=12, best_of_n=2)
+        defaults |= dict(reward=str(root / "out" / "reward"), minibatch=4, epochs=2, max_new_tokens=12,
+                         best_of_n=2)
     return stage.Config(**defaults | changes)
 
 
@@ -262,14 +265,15 @@ class Bugs(InFolder):
     def test_bug_08_the_prompt_mask_is_lost_on_the_way_to_the_loss(self):
         # karpathy/nanochat#570
         tokenizer, net = Tokenizer("tiny"), tiny()
-        row = {"messages": [user("What is 2 plus 3?"), assistant("5."), user("And 1 plus 1?"), assistant("2.")]}
+        row = {"messages": [user("What is 2 plus 3?"), assistant("5."),
+                            user("And 1 plus 1?"), assistant("2.")]}
         [(idx, targets)] = m.encode_demonstration(row, tokenizer, 64)
         loss, n = m.negative_log_likelihood(net, [(idx, targets)], torch.device("cpu"))
         spoken = tokenizer.encode("5.") + [tokenizer.end] + tokenizer.encode("2.") + [tokenizer.end]
         self.assertEqual([t for t in targets if t >= 0], spoken)
         self.assertEqual(n, len(spoken))
-        every = F.cross_entropy(net.logits(net(torch.tensor([idx])))[0], torch.tensor([*idx[1:], tokenizer.end]),
-                                reduction="none")
+        every = F.cross_entropy(net.logits(net(torch.tensor([idx])))[0],
+                                torch.tensor([*idx[1:], tokenizer.end]), reduction="none")
         self.assertAlmostEqual(loss.item(), every[torch.tensor(targets) >= 0].sum().item(), places=3)
         self.assertGreater(every.sum().item() - loss.item(), 1)  # the mistake: all tokens count
 
@@ -287,7 +291,8 @@ class Bugs(InFolder):
     def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop(self):
         # huggingface/trl#1623
         tokenizer = Tokenizer("tiny")
-        [(_, targets)] = m.encode_demonstration({"messages": [user("Hi"), assistant("Hello.")]}, tokenizer, 64)
+        [(_, targets)] = m.encode_demonstration(
+            {"messages": [user("Hi"), assistant("Hello.")]}, tokenizer, 64)
         self.assertEqual(targets[-1], tokenizer.end)
         self.assertNotIn(tokenizer.end, [-1 if t == tokenizer.end else t for t in targets])  # the mistake
         batch = ppo.as_batch([[5]], [[6, tokenizer.end]], tokenizer.end, torch.device("cpu"))
@@ -331,7 +336,8 @@ class Bugs(InFolder):
         clipped, norm, adam = train(0.5)
         self.assertEqual(adam.betas, (0.9, 0.95))
         self.assertAlmostEqual(norm, 2.0, places=5)  # the norm of the last step's gradient, before clipping
-        self.assertGreater((clipped - train(0)[0]).abs().max(), 1e-3)  # the mistake: clipping what is not there yet
+        # the mistake: clipping what is not there yet
+        self.assertGreater((clipped - train(0)[0]).abs().max(), 1e-3)
         self.assertGreater((train(0)[0] - train(0, betas=(0.9, 0.9))[0]).abs().max(), 1e-3)  # the mistake
 
     def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move(self):
@@ -365,7 +371,8 @@ class Bugs(InFolder):
         self.assertTrue(torch.equal(adam.exp_avgs[0], moment))
         plain.load_state_dict(plain.state_dict() | {"state": {0: {
             "step": torch.ones(()), "exp_avg": moment, "exp_avg_sq": moment}}})
-        self.assertEqual(plain.state[w]["exp_avg"].dtype, torch.bfloat16)  # the mistake: moments follow the weights
+        # the mistake: moments follow the weights
+        self.assertEqual(plain.state[w]["exp_avg"].dtype, torch.bfloat16)
 
     def test_bug_15_stage_3_never_loads_stage_2s_model(self):
         # ColossalAI#3011
@@ -376,11 +383,14 @@ class Bugs(InFolder):
         idx = random_ids(2, 9)
         want = tiny(Scorer, seed=2).values(idx)
         self.assertTrue(torch.equal(judge.values(idx), want) and torch.equal(critic.values(idx), want))
-        self.assertTrue(torch.equal(actor(idx), reference(idx)) and torch.equal(actor(idx), tiny(seed=1)(idx)))
-        self.assertGreater((tiny(Scorer, seed=3).values(idx) - want).abs().max(), 0.1)  # the mistake: a fresh one
+        self.assertTrue(torch.equal(actor(idx), reference(idx))
+                        and torch.equal(actor(idx), tiny(seed=1)(idx)))
+        # the mistake: a fresh one
+        self.assertGreater((tiny(Scorer, seed=3).values(idx) - want).abs().max(), 0.1)
         self.assertNotEqual(actor.wte.weight.data_ptr(), reference.wte.weight.data_ptr())
         cfg.reward = str(self.root / "nothing")
-        self.refuses("no checkpoint here", call=lambda: ppo.load_models(cfg, torch.device("cpu"), torch.float32))
+        self.refuses("no checkpoint here",
+                     call=lambda: ppo.load_models(cfg, torch.device("cpu"), torch.float32))
 
     def test_bug_16_ptx_from_different_batches(self):
         # Colossal-AI until 62f4e2eb0
@@ -396,18 +406,22 @@ class Bugs(InFolder):
         self.assertGreater(stats["ptx_loss"], 0)
         follows = lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
         self.assertTrue(seen and all(len(i) == len(t) and follows(i, t) for i, t in seen))
-        self.assertFalse(all(follows(i, t) for (i, _), (_, t) in zip(demonstrations, demonstrations[1:])))  # the mistake
+        # the mistake
+        self.assertFalse(all(follows(i, t) for (i, _), (_, t) in zip(demonstrations, demonstrations[1:])))
 
     def test_bug_17_lora_that_reaches_only_the_head(self):
         # Colossal-AI on GPT-2: it looked for nn.Linear, the weights are Conv1D
         cfg = sft.Config(lora_rank=3)
         net = m.place(tiny(), cfg, torch.device("cpu"))
         learns = {name for name, p in net.named_parameters() if p.requires_grad}
-        matrices = {name for name, p in net.named_parameters() if p.dim() == 2 and name.startswith("h.") and "lora" not in name}
+        matrices = {name for name, p in net.named_parameters()
+                    if p.dim() == 2 and name.startswith("h.") and "lora" not in name}
         self.assertEqual(len(matrices), 2 * 4)  # c_attn, c_proj, c_fc, c_proj in each of two blocks
-        self.assertEqual(learns, {name.replace("weight", which) for name in matrices for which in ("lora_a", "lora_b")})
+        self.assertEqual(
+            learns, {name.replace("weight", which) for name in matrices for which in ("lora_a", "lora_b")})
         shapes = {name: (p.size(1), p.size(0)) for name, p in net.named_parameters() if name in matrices}
-        self.assertEqual(sum(p.numel() for p in net.parameters() if p.requires_grad), sum(3 * sum(s) for s in shapes.values()))
+        self.assertEqual(sum(p.numel() for p in net.parameters() if p.requires_grad),
+                         sum(3 * sum(s) for s in shapes.values()))
         optimizer = m.adamw(net, cfg)
         before = net(random_ids(1, 8))
         for _ in range(2):  # at the first step B is 0, so A's gradient is, too
@@ -427,7 +441,8 @@ class Bugs(InFolder):
         twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
         self.assertGreater((twice - loss).abs().max(), 0.1)
         net, pairs = tiny(Scorer), [([5, 6], [7, 8, 9])]
-        by_hand = reward.score(net, [[5, 6]], torch.device("cpu")) - reward.score(net, [[7, 8, 9]], torch.device("cpu"))
+        by_hand = (reward.score(net, [[5, 6]], torch.device("cpu"))
+                   - reward.score(net, [[7, 8, 9]], torch.device("cpu")))
         self.assertTrue(torch.allclose(reward.margins(net, pairs, torch.device("cpu")), by_hand, atol=1e-5))
 
     def test_bug_19_a_square_weight_that_nobody_transposed(self):
@@ -437,11 +452,13 @@ class Bugs(InFolder):
         square = "transformer.h.0.attn.c_proj.weight"
         self.assertTrue(torch.equal(stored[square], net.h[0].attn.c_proj.weight.T))  # the hub keeps (in, out)
         # the causal mask that old files carry goes, c_attn.bias stays
-        stored = {k: v.clone() for k, v in stored.items()} | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+        stored = {k: v.clone() for k, v in stored.items()} | {
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
         m.write_safetensors(self.root / "model.safetensors", stored)
         loaded = m.load_model(self.root)
         self.assertTrue(torch.equal(loaded(idx), net(idx)))
-        self.assertTrue("transformer.h.0.attn.c_attn.bias".endswith("attn.bias"))  # the mistake would swallow it
+        # the mistake would swallow it
+        self.assertTrue("transformer.h.0.attn.c_attn.bias".endswith("attn.bias"))
         stored[square] = stored[square].T.contiguous()  # the mistake
         m.write_safetensors(self.root / "model.safetensors", stored)
         self.assertGreater((m.load_model(self.root)(idx) - net(idx)).abs().max(), 0.01)
@@ -451,7 +468,8 @@ class Bugs(InFolder):
         write_data(self.root / "data")
         logged = []
         for microbatch in (0, 2):
-            cfg = small(sft, self.root, microbatch=microbatch, steps=3, out=str(self.root / f"out{microbatch}"))
+            cfg = small(sft, self.root, microbatch=microbatch, steps=3,
+                        out=str(self.root / f"out{microbatch}"))
             quiet(sft.main, cfg)
             lines = (Path(cfg.out) / "log.jsonl").read_text().splitlines()
             logged.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
@@ -469,8 +487,8 @@ class Network(InFolder):
         q, k, v = torch.randn(3, 1, 2, 520, 8, generator=rng(0))
         scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(520, 520).triu(1).bool(), -math.inf)
         self.assertLess((m.attend(q, k, v) - scores.softmax(-1) @ v).abs().max(), 1e-5)
-        self.assertLess((m.attend(q[:, :, :9], k[:, :, :9], v[:, :, :9]) - (scores.softmax(-1) @ v)[:, :, :9]).abs().max(),
-                        1e-5)
+        self.assertLess((m.attend(q[:, :, :9], k[:, :, :9], v[:, :, :9])
+                         - (scores.softmax(-1) @ v)[:, :, :9]).abs().max(), 1e-5)
 
     def test_no_position_sees_the_future(self):
         net, idx = tiny(), random_ids(1, 12)
@@ -523,7 +541,8 @@ class Network(InFolder):
         reply = generate(net, [prompt, prompt[:2]], 10, end=-1, temperature=0)[0]
         logits = net.logits(net(torch.tensor([prompt + reply])))[0, len(prompt) - 1:-1]
         chosen = logits.gather(1, torch.tensor(reply)[:, None])
-        self.assertLess((logits.max(1, keepdim=True).values - chosen).max(), 0.1)  # the likeliest, but for rounding
+        # the likeliest, but for rounding
+        self.assertLess((logits.max(1, keepdim=True).values - chosen).max(), 0.1)
 
     def test_only_the_last_position_gives_the_same_score(self):
         net, idx, lengths = tiny(Scorer), random_ids(3, 8), torch.tensor([8, 3, 5])
@@ -542,13 +561,15 @@ class Network(InFolder):
         logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2000, 1)
         u = torch.rand(2000, generator=rng(0))
         self.assertEqual(set(m.sample(logits, u, top_k=2).tolist()), {0, 1})
-        self.assertEqual(set(m.sample(logits, u, top_p=0.7).tolist()), {0, 1})  # 0.64 does not reach 0.7, 0.88 does
+        # 0.64 does not reach 0.7, 0.88 does
+        self.assertEqual(set(m.sample(logits, u, top_p=0.7).tolist()), {0, 1})
         self.assertEqual(set(m.sample(logits, u, top_p=0.5).tolist()), {0})
         self.assertEqual(set(m.sample(logits, u, temperature=0).tolist()), {0})
         counts = m.sample(logits, u).bincount(minlength=4) / 2000
         self.assertLess((counts - logits[0].softmax(0)).abs().max(), 0.04)
         edge = torch.tensor([0.0, 1 - 2 ** -24])
-        self.assertEqual(m.sample(logits[:2], edge, top_k=2).tolist(), [0, 1])  # never a token that was filtered out
+        # never a token that was filtered out
+        self.assertEqual(m.sample(logits[:2], edge, top_k=2).tolist(), [0, 1])
 
     def test_generation_refuses_what_does_not_fit(self):
         for prompts in ([[1] * 60], [[]], [[1], []]):
@@ -565,12 +586,14 @@ class Network(InFolder):
         # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
         # and GPT2ForSequenceClassification, for these ids
         ids = torch.arange(12)[None] * 37 % 1000
-        for cls, golden in ((GPT, [-2.6512, 2.56872, 0.74729, -3.12261, 1.56714, 1.96106]), (Scorer, [-3.14017])):
+        for cls, golden in ((GPT, [-2.6512, 2.56872, 0.74729, -3.12261, 1.56714, 1.96106]),
+                            (Scorer, [-3.14017])):
             with tempfile.TemporaryDirectory() as folder:
                 folder = Path(folder)
                 m.save_model(folder, tiny(cls, n_embd=16, n_positions=32))
                 tensors = {}
-                for i, (name, p) in enumerate(sorted(m.read_safetensors(folder / "model.safetensors").items())):
+                for i, (name, p) in enumerate(
+                        sorted(m.read_safetensors(folder / "model.safetensors").items())):
                     wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.3 + i * 0.7)
                     tensors[name] = (wave + ("ln_" in name and name.endswith("weight"))).float().view(p.shape)
                 m.write_safetensors(folder / "model.safetensors", tensors)
@@ -592,16 +615,19 @@ class Tokens(InFolder):
 
     def test_the_tokenizer_that_transformers_reads_gives_the_same_ids(self):
         import regex  # tiktoken depends on it
-        tokenizer, texts = Tokenizer("tiny"), ["What is 2 plus 3?", " Hello, World!! It's  fine.", "naïve 漢字 😀\n\n x"]
+        tokenizer, texts = Tokenizer("tiny"), [
+            "What is 2 plus 3?", " Hello, World!! It's  fine.", "naïve 漢字 😀\n\n x"]
         model = m.tokenizer_files("tiny", 64)["tokenizer.json"]["model"]
         ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
         spelled = {i: text for text, i in model["vocab"].items()}
-        letter = {bytes: spelled[i] for bytes, i in tokenizer.encoding._mergeable_ranks.items() if len(bytes) == 1}
+        letter = {bytes: spelled[i] for bytes, i in tokenizer.encoding._mergeable_ranks.items()
+                  if len(bytes) == 1}
         for text in texts:  # BPE from the merges alone, word by word
             ids = []
             for word in regex.findall(tokenizer.encoding._pat_str, text):
                 parts = [letter[bytes([b])] for b in word.encode()]
-                while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]:
+                while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
+                                if pair in ranks]:
                     _, i = min(pairs)
                     parts[i:i + 2] = [parts[i] + parts[i + 1]]
                 ids += [model["vocab"][part] for part in parts]
@@ -617,7 +643,8 @@ class Tokens(InFolder):
 
     def test_without_a_network_the_message_names_the_files(self):
         with mock.patch.object(m.tiktoken, "get_encoding", side_effect=OSError("no route")):
-            self.refuses("TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", call=lambda: Tokenizer("gpt2"))
+            self.refuses("TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+                         call=lambda: Tokenizer("gpt2"))
 
     def test_text_becomes_windows_that_lose_no_token(self):
         tokenizer = Tokenizer("tiny")
@@ -629,7 +656,8 @@ class Tokens(InFolder):
 
     def test_long_dialogues_lose_their_beginning(self):
         tokenizer = Tokenizer("tiny")
-        [(idx, targets)] = m.encode_demonstration({"messages": [user("a b c " * 90), assistant("Yes.")]}, tokenizer, 32)
+        [(idx, targets)] = m.encode_demonstration(
+            {"messages": [user("a b c " * 90), assistant("Yes.")]}, tokenizer, 32)
         self.assertEqual((len(idx), targets[-1]), (32, tokenizer.end))
         prompt = tokenizer.prompt([user("a b c " * 90)], 20)
         self.assertEqual((len(prompt), prompt[-1]), (20, tokenizer.assistant))
@@ -684,7 +712,8 @@ class Hub(InFolder):
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
         for patch in (mock.patch.dict(os.environ, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                                                   "HF_HOME": str(self.root / "cache"), "HF_TOKEN": "secret"}),
+                                                   "HF_HOME": str(self.root / "cache"),
+                                                   "HF_TOKEN": "secret"}),
                       mock.patch.object(hub.time, "sleep")):
             patch.start()
             self.addCleanup(patch.stop)
@@ -706,13 +735,14 @@ class Hub(InFolder):
     def test_a_broken_connection_is_gone_on_with(self):
         self.misbehave = [None, "drop", 503, None, "drop"]
         self.assertTrue(self.same(m.load_model("gpt2")))
-        ranges = [headers.get("Range") for path, headers in self.requests if path == "/store/model.safetensors"]
+        ranges = [headers.get("Range") for path, headers in self.requests
+                  if path == "/store/model.safetensors"]
         self.assertEqual(ranges[:3], [None, "bytes=60000-", "bytes=120000-"])
         self.assertEqual(list((self.root / "cache").rglob("*.part")), [])
 
     def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(self):
-        for wrong, words in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"), ([404], "404"),
-                             ([401], "HF_TOKEN"), ([503] * 5, "503")):
+        for wrong, words in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"),
+                             ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503")):
             self.misbehave = list(wrong)
             self.refuses(words, "config.json and model.safetensors", call=lambda: m.load_model("gpt2"))
             self.assertEqual(list((self.root / "cache").rglob("model.safetensors")), [])
@@ -731,8 +761,9 @@ class Hub(InFolder):
         bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
         causal = {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor([-1e4])}
         half = dict(list(bare.items())[:9]), dict(list(bare.items())[9:])
-        for files in ({"model.safetensors": bare | causal}, {"model.safetensors": tensors | {
-                "lm_head.weight": tensors["transformer.wte.weight"]}}, {"a.safetensors": half[0], "b.safetensors": half[1]}):
+        for files in ({"model.safetensors": bare | causal},
+                      {"model.safetensors": tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}},
+                      {"a.safetensors": half[0], "b.safetensors": half[1]}):
             write(files)
             if "a.safetensors" in files:
                 where = {name: "a.safetensors" if name in half[0] else "b.safetensors" for name in bare}
@@ -746,7 +777,8 @@ class Hub(InFolder):
             self.assertLess((m.load_model(variant).wpe.weight - self.net.wpe.weight).abs().max(), 0.02)
 
     def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(self):
-        tensors, config = m.read_safetensors(self.files / "model.safetensors"), json.loads((self.files / "config.json").read_text())
+        tensors, config = (m.read_safetensors(self.files / "model.safetensors"),
+                           json.loads((self.files / "config.json").read_text()))
         variant = self.root / "variant"
         variant.mkdir()
         def refused(*words, config=config, tensors=tensors):
@@ -815,7 +847,8 @@ class Memory(unittest.TestCase):
                     g = torch.randn(4, 8, generator=rng(step, micro)).to(dtype)
                     (ours.weight * g).sum().backward()
                     (ours.bias * g.sum(1)).sum().backward()
-                    plain.weight.grad = g.float() if plain.weight.grad is None else plain.weight.grad + g.float()
+                    plain.weight.grad = (g.float() if plain.weight.grad is None
+                                         else plain.weight.grad + g.float())
                     b = g.sum(1).float()
                     plain.bias.grad = b if plain.bias.grad is None else plain.bias.grad + b
                 norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -891,9 +924,11 @@ class Memory(unittest.TestCase):
         def full(h, w):
             table = (h @ w.T).log_softmax(-1)
             entropy = -(table.exp() * table).sum(-1) * (targets >= 0)
-            return table.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0), entropy.detach()
+            return (table.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0),
+                    entropy.detach())
         for chunk in (1, 4, 5, 1000):
-            for ours, theirs in zip(run(lambda h, w: token_logprobs(h, w, targets, chunk, entropy=True)), run(full)):
+            for ours, theirs in zip(run(lambda h, w: token_logprobs(h, w, targets, chunk, entropy=True)),
+                                    run(full)):
                 self.assertLess((ours - theirs).abs().max(), 1e-4)
         nothing = torch.full_like(targets, -1)
         logprobs, h_grad = run(lambda h, w: token_logprobs(h, w, nothing))[::2]
@@ -927,7 +962,8 @@ class DryRun(InFolder):
         self.assertEqual(sorted(p.name for p in self.root.rglob("*") if p.is_file()), ["log.jsonl"])
         self.assertIn("simulated", text)
         self.assertEqual(set(result), {"dry_run", "peak_device_bytes", "peak_host_bytes", "phases"})
-        self.assertGreater(result["peak_device_bytes"], sum(result["phases"]["update"]["owners"].values()) - 1)
+        self.assertGreater(result["peak_device_bytes"],
+                           sum(result["phases"]["update"]["owners"].values()) - 1)
 
     def test_the_announced_work_fits_into_a_tenth_of_the_announced_memory(self):
         cfg = ppo.Config(init="gpt2", dry_run=True, offload="all", batch=1, minibatch=1, block_size=512,
@@ -935,7 +971,7 @@ class DryRun(InFolder):
         self.assertLess(quiet(ppo.main, cfg)[0]["peak_device_bytes"], 0.16 * 2**30)
 
 
-# --- a second device: tensors that compute on the CPU but are not there ---------------------------------------
+# --- a second device: tensors that compute on the CPU but are not there -------------------------------------
 
 class Elsewhere(torch.Tensor):
     """A tensor of the device "elsewhere". `inner` is where its numbers really are."""
@@ -985,7 +1021,8 @@ def compute_elsewhere(op, *args, device=None, **kwargs):
     if op is not torch.ops.aten.copy_.default and len({isinstance(t, Elsewhere) for t in tensors}) > 1:
         raise RuntimeError(f"{op} mixes tensors of two devices")
     unwrap = lambda t: t.inner if isinstance(t, Elsewhere) else t
-    args_, kwargs_ = tree_map_only(torch.Tensor, unwrap, (args, kwargs | ({"device": "cpu"} if device else {})))
+    args_, kwargs_ = tree_map_only(
+        torch.Tensor, unwrap, (args, kwargs | ({"device": "cpu"} if device else {})))
     kwargs_.pop("pin_memory", None)
     out = op(*args_, **kwargs_)
     if op._schema.is_mutable:
@@ -996,12 +1033,15 @@ def compute_elsewhere(op, *args, device=None, **kwargs):
 
 def flash_elsewhere(q, k, v, attn_mask=None, is_causal=False):
     if attn_mask is not None:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -math.inf)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(
+            ~attn_mask, -math.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
 
 def make_second_device():
-    """-> what has to stay alive for it, or None. Autograd asks for the devices there are at its first backward only."""
+    """-> what has to stay alive for it, or None. Autograd asks for the devices there are
+    at its first backward only."""
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
     except ImportError:
@@ -1009,7 +1049,8 @@ def make_second_device():
     register("elsewhere")
     libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     libraries[0].fallback(compute_elsewhere, "PrivateUse1")
-    for name in ("arange", "arange.start", "arange.start_step"):  # as it comes, it would resize a tensor from inside
+    # as it comes, it would resize a tensor from inside
+    for name in ("arange", "arange.start", "arange.start_step"):
         overload = getattr(torch.ops.aten.arange, name.partition(".")[2] or "default")
         libraries[1].impl(name, partial(compute_elsewhere, overload), "PrivateUse1")
     return libraries
@@ -1041,7 +1082,8 @@ class SecondDevice(InFolder):
         write_data(self.root / "data")
         losses = {}
         for device, changes in (("cpu", {}), ("elsewhere:0", {}), ("elsewhere:0", {"offload": "optimizer"}),
-                                ("elsewhere:0", {"offload": "all"}), ("elsewhere:0", {"offload": "all", "lora_rank": 2})):
+                                ("elsewhere:0", {"offload": "all"}),
+                                ("elsewhere:0", {"offload": "all", "lora_rank": 2})):
             for stage in (sft, reward, ppo):
                 cfg = small(stage, self.root, device=device, steps=2, save_every=10, eval_every=10, **changes)
                 quiet(stage.main, cfg)
@@ -1050,20 +1092,23 @@ class SecondDevice(InFolder):
                     [row.get("loss", row.get("value_loss")) for row in rows[:2]])
         for (stage, _), (first, *others) in losses.items():
             for other in others:
-                self.assertTrue(torch.allclose(torch.tensor(first), torch.tensor(other), rtol=1e-3), (stage, first, other))
+                self.assertTrue(torch.allclose(torch.tensor(first), torch.tensor(other), rtol=1e-3),
+                                (stage, first, other))
 
     def test_the_dry_run_agrees_with_the_bytes_counted_there(self):
         write_data(self.root / "data")
         shape = dict(n_layer=3, n_embd=64, block_size=64, batch=4, init="scratch")
         for stage in (sft, reward, ppo):
-            for changes in ({}, {"checkpoint": True, "microbatch": 2}, {"offload": "optimizer"}, {"offload": "all"},
-                            {"lora_rank": 2}, {"offload": "all", "lora_rank": 2, "microbatch": 1}):
+            for changes in ({}, {"checkpoint": True, "microbatch": 2}, {"offload": "optimizer"},
+                            {"offload": "all"}, {"lora_rank": 2},
+                            {"offload": "all", "lora_rank": 2, "microbatch": 1}):
                 cfg = small(stage, self.root, **shape | changes)
                 dry, text = quiet(stage.main, dataclasses.replace(cfg, dry_run=True))
                 global COUNT
                 COUNT = Count()
                 memory.METERS.append(COUNT)
-                never = lambda net, prompts, n, end, *rest, **more: generate(net, prompts, n, -1, *rest, **more)
+                never = lambda net, prompts, n, end, *rest, **more: generate(
+                    net, prompts, n, -1, *rest, **more)
                 judge = lambda folder, cls, dtype: Scorer(GPTConfig(1024, 64, 3, 4, 64, "tiny"))
                 with mock.patch.object(ppo, "generate", never), mock.patch.object(ppo, "load_model", judge):
                     stage.iteration(cfg, torch.device("elsewhere:0"), torch.float32)
@@ -1091,7 +1136,8 @@ class Mathematics(InFolder):
         mask = torch.tensor([[s <= t < e for t in range(9)] for s, e in zip(starts, ends)])
         got = ppo.gae(rewards, values, mask, 0.9, 0.8)
         for b, (s, e) in enumerate(zip(starts, ends)):
-            delta = [rewards[b, t] + (0.9 * values[b, t + 1] if t + 1 < e else 0) - values[b, t] for t in range(s, e)]
+            delta = [rewards[b, t] + (0.9 * values[b, t + 1] if t + 1 < e else 0) - values[b, t]
+                     for t in range(s, e)]
             for t in range(s, e):
                 want = sum((0.9 * 0.8) ** (k - t) * delta[k - s] for k in range(t, e))
                 self.assertAlmostEqual(got[b, t].item(), want.item(), places=5)
@@ -1158,7 +1204,8 @@ class Mathematics(InFolder):
             # eps is large, so that a step is as long as its gradient and does not blow up rounding errors
             adams = [OffloadedAdamW(net.parameters(), 1e-3, eps=1.0) for net in (models[0], models[2])]
             ppo.update(0, batch, models, adams, 1e-3, None, cfg)
-            after.append(torch.cat([p.detach().flatten() for p in (*models[0].parameters(), *models[2].parameters())]))
+            after.append(torch.cat([p.detach().flatten()
+                                    for p in (*models[0].parameters(), *models[2].parameters())]))
         self.assertLess((after[0] - after[1]).abs().max(), 1e-7)
 
     def test_k1_and_policy_start_at_zero_distance(self):
@@ -1182,8 +1229,9 @@ class Mathematics(InFolder):
     def test_health_signs_are_named(self):
         healthy = dict(ratio_first=1.0, kl_k3=0.1, eos_rate=0.9, entropy=1.0, kl=2.0)
         self.assertEqual(list(ppo.complaints(healthy, torch.float32)), [])
-        for sick, word in ((dict(ratio_first=1.1), "ratio"), (dict(kl_k3=-0.1), "k3"), (dict(eos_rate=0.0), "ended"),
-                           (dict(entropy=0.0), "entropy"), (dict(kl=99.0), "KL")):
+        for sick, word in ((dict(ratio_first=1.1), "ratio"), (dict(kl_k3=-0.1), "k3"),
+                           (dict(eos_rate=0.0), "ended"), (dict(entropy=0.0), "entropy"),
+                           (dict(kl=99.0), "KL")):
             [complaint] = ppo.complaints(healthy | sick, torch.float32)
             self.assertIn(word, complaint)
 
@@ -1192,7 +1240,8 @@ class Mathematics(InFolder):
         [(n, predicted, observed)] = reward.calibration(margin)
         self.assertEqual((n, observed), (4, 0.75))
         self.assertAlmostEqual(predicted, 1 / (1 + math.exp(-3)), places=5)
-        rows = [{"agreement": 0.9, "skill": "a"}, {"agreement": 0.2, "skill": "a"}, {"agreement": 0.7, "skill": "b"}] * 2
+        rows = [{"agreement": 0.9, "skill": "a"}, {"agreement": 0.2, "skill": "a"},
+                {"agreement": 0.7, "skill": "b"}] * 2
         table = reward.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
         self.assertEqual(table["a"], (4, 1.0, 0.5))
         self.assertAlmostEqual(table["all"][1], 5 / 6, places=5)
@@ -1205,14 +1254,18 @@ class Mathematics(InFolder):
 Q, A, B = [user("Why?")], "Because.", "No idea."
 TALK = [*Q, assistant(A)]
 PAIR = {"prompt": Q, "chosen": A, "rejected": B}
-FORMATS = {  # one record of each format -> what it must become; a preference is also a demonstration and a prompt
-    "hh": ({"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No idea."}, PAIR),
+# one record of each format -> what it must become; a preference is also a demonstration and a prompt
+FORMATS = {
+    "hh": ({"chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: No idea."}, PAIR),
     "trl strings": ({"prompt": "Why?", "chosen": A, "rejected": B}, PAIR),
     "trl messages": ({"prompt": Q, "chosen": [assistant(A)], "rejected": [assistant(B)]}, PAIR),
-    "ultrafeedback": ({"prompt": "Why?", "chosen": TALK, "rejected": [*Q, assistant(B)], "score_chosen": 7.5}, PAIR),
+    "ultrafeedback": ({"prompt": "Why?", "chosen": TALK, "rejected": [*Q, assistant(B)],
+                       "score_chosen": 7.5}, PAIR),
     "ranked": ({"instruction": "Why?", "output_1": B, "output_2": A, "preference": 2}, PAIR),
     "alpaca": ({"instruction": "Why?", "input": "", "output": A}, TALK),
-    "alpaca input": ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n\n1 2"), assistant("3")]),
+    "alpaca input": ({"instruction": "Add.", "input": "1 2", "output": "3"},
+                     [user("Add.\n\n1 2"), assistant("3")]),
     "dolly": ({"instruction": "Why?", "context": "", "response": A, "category": "qa"}, TALK),
     "completion": ({"prompt": "Why?", "completion": A}, TALK),
     "response": ({"prompt": "Why?", "response": A}, TALK),
@@ -1229,18 +1282,22 @@ class Data(InFolder):
         """-> ({kind: rows, train before held out}, what was printed)."""
         path, out = self.root / name, self.root / "prepared"
         lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
-        data = ("\n".join(lines) if ".json" != Path(name.removesuffix(".gz")).suffix else json.dumps(records)).encode()
+        data = ("\n".join(lines) if ".json" != Path(name.removesuffix(".gz")).suffix
+                else json.dumps(records)).encode()
         path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         _, text = quiet(prepare.main, [path], out, **flags)
-        return {kind: [json.loads(line) for val in ("", ".val") if (out / f"{kind}{val}.jsonl").exists() for line in
-                       (out / f"{kind}{val}.jsonl").read_text().splitlines()] for kind in prepare.KINDS}, text
+        return {kind: [json.loads(line)
+                       for val in ("", ".val") if (out / f"{kind}{val}.jsonl").exists()
+                       for line in (out / f"{kind}{val}.jsonl").read_text().splitlines()]
+                for kind in prepare.KINDS}, text
 
     def test_every_format_becomes_our_rows(self):
         for name, (record, want) in FORMATS.items():
             with self.subTest(name):
                 rows, _ = self.convert(record)
                 if want is PAIR:
-                    self.assertEqual(rows, {"sft": [{"messages": TALK}], "preferences": [PAIR], "prompts": [{"prompt": Q}]})
+                    self.assertEqual(rows, {"sft": [{"messages": TALK}], "preferences": [PAIR],
+                                            "prompts": [{"prompt": Q}]})
                 elif isinstance(want, dict):
                     self.assertEqual(rows, {"sft": [want], "preferences": [], "prompts": []})
                 else:
@@ -1264,13 +1321,16 @@ class Data(InFolder):
             self.forget()
 
     def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(self):
-        bad = {"empty reply": {"prompt": "x", "completion": "  "}, "both replies are equal": {**PAIR, "rejected": A},
-               "prompts of chosen and rejected differ": {"chosen": TALK, "rejected": [user("What?"), assistant(B)]},
+        bad = {"empty reply": {"prompt": "x", "completion": "  "},
+               "both replies are equal": {**PAIR, "rejected": A},
+               "prompts of chosen and rejected differ": {
+                   "chosen": TALK, "rejected": [user("What?"), assistant(B)]},
                "turns do not alternate": {"messages": [user("a"), user("b"), assistant("c")]},
                "no known format": {"foo": 1}, "broken JSON": '{"prompt": ', "not a JSON object": "[1, 2]",
                "no clear preference": {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 0},
                "unknown role": {"messages": [{"role": "oracle", "content": "x"}, assistant("y")]},
-               "is not the assistant's": {"messages": [user("a")]}, "is not text": {"prompt": "x", "completion": 7}}
+               "is not the assistant's": {"messages": [user("a")]},
+               "is not text": {"prompt": "x", "completion": 7}}
         for reason, record in bad.items():
             with self.subTest(reason):
                 rows, text = self.convert(PAIR, record, FORMATS["alpaca"][0])
@@ -1282,16 +1342,19 @@ class Data(InFolder):
     def test_a_broken_json_file_stops_and_leaves_earlier_output(self):
         before, _ = self.convert(PAIR)
         (self.root / "bad.json").write_text('[{"prompt": "x",\n "completion" "y"}]')
-        self.refuses("bad.json:2", "broken JSON", call=lambda: prepare.main([self.root / "bad.json"], self.root / "prepared"))
+        self.refuses("bad.json:2", "broken JSON",
+                     call=lambda: prepare.main([self.root / "bad.json"], self.root / "prepared"))
         self.refuses("no such file", call=lambda: prepare.main([self.root / "none"], self.root / "prepared"))
         self.assertEqual(sorted(p.suffix for p in (self.root / "prepared").iterdir()), [".jsonl"] * 3 * 2)
 
     def test_the_split_is_stable_and_keeps_a_prompts_rows_together(self):
-        pairs = [{"prompt": [user(f"Question {i % 50}?")], "chosen": f"a{i}", "rejected": "b"} for i in range(400)]
+        pairs = [{"prompt": [user(f"Question {i % 50}?")], "chosen": f"a{i}", "rejected": "b"}
+                 for i in range(400)]
         self.convert(*pairs, val_fraction=0.3)
         lines = lambda name: (self.root / "prepared" / f"{name}.jsonl").read_text().splitlines()
         read = lambda name: list(map(json.loads, lines(name)))
-        sides = [{row["prompt"][0]["content"] for row in read(name)} for name in ("preferences", "preferences.val")]
+        sides = [{row["prompt"][0]["content"] for row in read(name)}
+                 for name in ("preferences", "preferences.val")]
         self.assertFalse(sides[0] & sides[1])
         self.assertTrue(5 < len(sides[1]) < 25)
         self.assertEqual({row["prompt"][0]["content"] for row in read("prompts.val")}, sides[1])
@@ -1348,7 +1411,8 @@ class Data(InFolder):
     def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad(self):
         question = lambda row: (row.get("prompt") or row["messages"][:-1])[-1]["content"]
         train, val = zip(*(prepare.load(ROOT / "data/tiny", kind) for kind in prepare.KINDS))
-        self.assertFalse({question(row) for rows in train for row in rows} & {question(row) for rows in val for row in rows})
+        self.assertFalse({question(row) for rows in train for row in rows}
+                         & {question(row) for rows in val for row in rows})
         row = prepare.load(ROOT / "data/tiny", "prompts")[1][0]
         self.assertFalse(m.is_good(row, "I do not care.") or m.is_good(row, ""))
         for pair in prepare.load(ROOT / "data/tiny", "preferences")[1]:
@@ -1375,16 +1439,19 @@ class Stages(InFolder):
         self.assertLessEqual({"gold_before", "gold_after", "gold_best_of_n", "win_rate", "win_rate_low",
                               "win_rate_high", "kl", "score", "seconds"}, set(results["ppo"]))
         for name, result in results.items():
-            lines = [json.loads(line) for line in (self.root / "out" / name / "log.jsonl").read_text().splitlines()]
+            lines = [json.loads(line)
+                     for line in (self.root / "out" / name / "log.jsonl").read_text().splitlines()]
             self.assertTrue(lines[-1].pop("final"))
             self.assertEqual({k: v for k, v in lines[-1].items() if k != "step"}, result)
-            self.assertLessEqual({"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"}, set(lines[0]))
+            self.assertLessEqual({"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"},
+                                 set(lines[0]))
         first = json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0])
         self.assertEqual((first["ratio_first"], first["kl"], first["kl_k3"]), (1.0, 0.0, 0.0))
 
     def test_checkpointing_and_offloading_change_no_weight(self):
         self.three()
-        want = {name: (self.root / "out" / name / "model.safetensors").read_bytes() for name in ("sft", "reward", "ppo")}
+        want = {name: (self.root / "out" / name / "model.safetensors").read_bytes()
+                for name in ("sft", "reward", "ppo")}
         for changes in ({"checkpoint": True, "offload": "optimizer"}, {"offload": "all"}):
             self.three(**changes)
             for name, data in want.items():
@@ -1396,7 +1463,8 @@ class Stages(InFolder):
         (actor, reference, critic, judge), _ = ppo.load_models(cfg, torch.device("cpu"), torch.float32)
         for one, other in ((actor, reference), (critic, judge)):
             places = {p.data_ptr() for p in one.parameters()}
-            self.assertEqual(sum(p.data_ptr() in places for p in other.h.parameters()), len(list(other.h.parameters())))
+            self.assertEqual(sum(p.data_ptr() in places for p in other.h.parameters()),
+                             len(list(other.h.parameters())))
         self.assertNotEqual(critic.score.weight.data_ptr(), judge.score.weight.data_ptr())
         results, _ = self.three(lora_rank=2, steps=4)
         first = json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0])
@@ -1438,9 +1506,10 @@ class Stages(InFolder):
         m.save_model(self.root / "b", tiny(seed=1))
         m.save_model(self.root / "judge", tiny(Scorer))
         saved = self.root / "chat.json"
-        cfg = m.Config(model=str(self.root / "a"), compare=str(self.root / "b"), reward=str(self.root / "judge"),
-                       dtype="float32", device="cpu", max_new_tokens=8)
-        lines = iter(["Hi", "And?", f"/save {saved}", "/reset", "Bye", f"/save {self.root}/no/where", f"/save {saved}2"])
+        cfg = m.Config(model=str(self.root / "a"), compare=str(self.root / "b"),
+                       reward=str(self.root / "judge"), dtype="float32", device="cpu", max_new_tokens=8)
+        lines = iter(["Hi", "And?", f"/save {saved}", "/reset", "Bye",
+                      f"/save {self.root}/no/where", f"/save {saved}2"])
 
         def typed(_):
             for line in lines:
@@ -1449,7 +1518,8 @@ class Stages(InFolder):
         with mock.patch("builtins.input", typed):
             _, text = quiet(m.main, cfg)
         first, after = (json.loads(Path(file).read_text()) for file in (saved, f"{saved}2"))
-        self.assertEqual([[turn["role"] for turn in dialogue] for dialogue in first], [["user", "assistant"] * 2] * 2)
+        self.assertEqual([[turn["role"] for turn in dialogue] for dialogue in first],
+                         [["user", "assistant"] * 2] * 2)
         self.assertEqual([[turn["content"] for turn in dialogue][0] for dialogue in after], ["Bye", "Bye"])
         self.assertEqual(text.count("(score "), 6)
         self.assertIn("could not be written", text)
@@ -1462,7 +1532,8 @@ class Stages(InFolder):
         self.assertEqual(answer, " yes")
 
     def test_pretraining_on_text_reports_loss_per_character(self):
-        (self.root / "book.txt").write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
+        (self.root / "book.txt").write_text(
+            "\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
         cfg = small(sft, self.root, data=str(self.root / "book.txt"), steps=3)
         result, _ = quiet(sft.main, cfg)
         self.assertTrue(0 < result["val_loss_per_character"] < result["val_loss"])
@@ -1484,7 +1555,8 @@ class Commands(InFolder):
     def wait_for_step(self, process, log, step):
         deadline = time.time() + 60
         while not log.exists() or sum('"lr"' in line for line in log.read_text().splitlines()) < step:
-            self.assertTrue(process.poll() is None and time.time() < deadline, "it ended before it could be killed")
+            self.assertTrue(process.poll() is None and time.time() < deadline,
+                            "it ended before it could be killed")
             time.sleep(0.01)
 
 
@@ -1507,7 +1579,8 @@ class Robustness(Commands):
             for file in ("model.safetensors", "config.json"):
                 self.assertEqual((self.root / "killed" / file).read_bytes(),
                                  (self.root / "out" / name / file).read_bytes(), (name, file))
-            steps_of = lambda log: [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "lr" in row]
+            steps_of = lambda log: [row["step"] for row in map(json.loads, log.read_text().splitlines())
+                                    if "lr" in row]
             self.assertEqual(steps_of(self.root / "killed/log.jsonl"), list(range(1, steps + 1)))
             (self.root / "killed").rename(self.root / f"killed_{name}")
 
@@ -1631,7 +1704,8 @@ FUZZ = int(os.environ.get("FUZZ", 100))  # random mutations of each kind: FUZZ=1
 
 
 def damaged(data, draw, head=None):
-    """Bytes as a bad disk, a bad download or a bad hand would leave them; mostly in the first `head` of them."""
+    """Bytes as a bad disk, a bad download or a bad hand would leave them;
+    mostly in the first `head` of them."""
     data = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 5))):
         at, kind = draw.randrange(min(head or len(data), len(data)) or 1), draw.randrange(6)
@@ -1644,14 +1718,16 @@ def damaged(data, draw, head=None):
         elif kind == 3:
             del data[at:at + draw.randrange(1, 20)]
         elif kind == 4:
-            data[at:at + 1] = draw.choice((b"-1", b"2147483648", b"1e999", b"null", b"NaN", b"true", b"[[]]", b'{"a":{}}'))
+            data[at:at + 1] = draw.choice((b"-1", b"2147483648", b"1e999", b"null", b"NaN", b"true",
+                                           b"[[]]", b'{"a":{}}'))
         else:
             data[at:at + 8] = draw.randbytes(8)
     return bytes(data)
 
 
 class Fuzz(InFolder):
-    """Whatever is wrong with a file or a flag: one clear message, never a traceback, never another program's code."""
+    """Whatever is wrong with a file or a flag: one clear message, never a traceback,
+    never another program's code."""
     def survives(self, path, use, head=None):
         whole, draw = path.read_bytes(), random.Random(path.name)
         outcomes = {"used": 0, "refused": 0}
@@ -1709,12 +1785,14 @@ class Fuzz(InFolder):
             self.survives(self.root / name, lambda: prepare.main([self.root / name], self.root / "out"))
 
     def test_flags(self):
-        values = "", "0", "-1", "1", "3", "0.5", "1e999", "nan", "-inf", "yes", "all", "gpt2", "/", "..", "9" * 30
+        values = ("", "0", "-1", "1", "3", "0.5", "1e999", "nan", "-inf", "yes", "all", "gpt2", "/", "..",
+                  "9" * 30)
         draw, passed = random.Random(0), 0
         for i in range(FUZZ):
             stage = draw.choice((sft, reward, ppo))
             fields = [f.name for f in dataclasses.fields(stage.Config)]
-            argv = [f"--{draw.choice(fields)}{draw.choice(('=', '=', '=', '', '-', 'x='))}{draw.choice(values)}"
+            argv = [f"--{draw.choice(fields)}"
+                    f"{draw.choice(('=', '=', '=', '', '-', 'x='))}{draw.choice(values)}"
                     for _ in range(draw.choice((1, 2, 4)))]
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
@@ -1737,9 +1815,10 @@ class Processes(Commands):
     """torchrun and FSDP: on this machine with gloo, on CPUs."""
     def torchrun(self, n, command, *flags):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *flags]
-        return subprocess.Popen([*start, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                cwd=ROOT, env=environment)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 f"--nproc-per-node={n}", *flags]
+        return subprocess.Popen([*start, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, cwd=ROOT, env=environment)
 
     def test_two_processes_take_the_same_course_as_one(self):
         changes = {sft: {"microbatch": 2}, reward: {"checkpoint": True, "offload": "optimizer"},
@@ -1750,7 +1829,8 @@ class Processes(Commands):
             out, errors = process.communicate(timeout=120)
             self.assertEqual(process.returncode, 0, errors)
             self.assertEqual(out.count("2 processes"), 1)  # the first one speaks for all
-            one, two = ([json.loads(line) for line in (self.root / folder / "log.jsonl").read_text().splitlines()]
+            one, two = ([json.loads(line)
+                         for line in (self.root / folder / "log.jsonl").read_text().splitlines()]
                         for folder in (f"out/{stage.__name__}", "two"))
             self.assertEqual(len(one), len(two))
             for a, b in zip(one, two):
@@ -1766,7 +1846,8 @@ class Processes(Commands):
     def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(self):
         quiet(sft.main, small(sft, self.root, steps=40))
         command = self.command(sft, "killed", steps=40, lora_rank=0)
-        process = self.torchrun(2, command, "--monitor-interval=2")  # which leaves the other one time to speak
+        # the interval leaves the other one time to speak
+        process = self.torchrun(2, command, "--monitor-interval=2")
         self.wait_for_step(process, self.root / "killed/log.jsonl", 5)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
@@ -1784,12 +1865,14 @@ class Processes(Commands):
     def test_what_does_not_divide_among_the_processes_is_refused(self):
         with mock.patch.object(m, "WORLD", 3):
             self.refuses("--batch=8", "3 processes", call=lambda: m.check_common(small(sft, self.root)))
-            self.refuses("--offload=all", call=lambda: m.check_common(small(sft, self.root, batch=6, offload="all")))
+            self.refuses("--offload=all",
+                         call=lambda: m.check_common(small(sft, self.root, batch=6, offload="all")))
 
 
-# --- bench: our side of the work that the peers are timed on -------------------------------------------------
+# --- bench: our side of the work that the peers are timed on ------------------------------------------------
 
-SHAPES = {"tiny": (512, 256, 4, 4, 256), "gpt2": (50304, 1024, 12, 12, 768)}  # vocabulary, positions, layers, heads, width
+# vocabulary, positions, layers, heads, width
+SHAPES = {"tiny": (512, 256, 4, 4, 256), "gpt2": (50304, 1024, 12, 12, 768)}
 BENCH = {  # workload: (rows or pairs, tokens) or (rows, prompt, new tokens, epochs, rows per minibatch)
     "sft": {"gpt2": (4, 256), "tiny": (32, 128)},
     "reward": {"gpt2": (4, 256), "tiny": (16, 128)},
@@ -1799,7 +1882,8 @@ BENCH = {  # workload: (rows or pairs, tokens) or (rows, prompt, new tokens, epo
     "ppo-1": {"gpt2": (16, 32, 64, 1, 16), "tiny": (16, 32, 64, 1, 16)},
     "ppo-long": {"gpt2": (2, 400, 112, 3, 2)},  # the work of Colossal-AI's first benchmark, batch 2
     # as many tokens in few long rows as in many short ones
-    **{f"ppo-{rows}x{2048 // rows}": {"gpt2": (rows, 1024 // rows, 2048 // rows, 1, rows)} for rows in (32, 16, 8, 4)},
+    **{f"ppo-{rows}x{2048 // rows}": {"gpt2": (rows, 1024 // rows, 2048 // rows, 1, rows)}
+       for rows in (32, 16, 8, 4)},
 }
 
 
@@ -1825,11 +1909,11 @@ def median_seconds(function, warmup, n):
 
 
 def machine(dtype):
-    """-> (the machine's own GFLOP/s of a large matrix product, its GB/s of a large copy, read and
-    written)."""
+    """-> (the machine's own GFLOP/s in a large matrix product, its GB/s, read and written, in a copy)."""
     a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     x, y = torch.empty(2**27, dtype=torch.uint8), torch.empty(2**27, dtype=torch.uint8)
-    return 2 * 2048**3 / median_seconds(lambda: a @ b, 2, 7) / 1e9, 2 * 2**27 / median_seconds(lambda: y.copy_(x), 2, 7) / 1e9
+    return (2 * 2048**3 / median_seconds(lambda: a @ b, 2, 7) / 1e9,
+            2 * 2**27 / median_seconds(lambda: y.copy_(x), 2, 7) / 1e9)
 
 
 def bench_one(name, size, dtype_name):
@@ -1839,7 +1923,8 @@ def bench_one(name, size, dtype_name):
     net = lambda cls: cls(GPTConfig(vocabulary, positions, *rest, "gpt2")).initialize(rng(0)).to(dtype)
     ids = lambda *shape: torch.randint(vocabulary - 64, shape).tolist()
     host = None if dtype == torch.float32 else "cpu"
-    weights = sum(p.numel() for name_, p in net(GPT).named_parameters() if name_ != "wpe.weight")  # that multiply
+    # those that multiply
+    weights = sum(p.numel() for name_, p in net(GPT).named_parameters() if name_ != "wpe.weight")
     extra, cpu, kind = {}, torch.device("cpu"), name.split("-")[0]
     repeat = (1, 3) if size == "gpt2" else (2, 9)
     if kind in ("sft", "reward"):
@@ -1868,7 +1953,8 @@ def bench_one(name, size, dtype_name):
         adams = [OffloadedAdamW(x.parameters(), 1e-5, host=host) for x in (models[0], models[2])]
         tokens = B * (P + N)
         head = vocabulary * rest[2]
-        passes = 4 + 6 * epochs - 2 * (minibatch == B)  # forward ones of a network; the first update's are scoring's
+        # forward ones of a network; the first update's are scoring's
+        passes = 4 + 6 * epochs - 2 * (minibatch == B)
         flops = 2 * tokens * (weights + passes * (weights - head)) + passes * B * N * head
         tokenizer = mock.Mock(end=-1)
         memory.METERS.append(watch)
@@ -1886,10 +1972,11 @@ def bench_one(name, size, dtype_name):
         extra |= {"ms_per_token_step": 1000 * seconds / N,
                   "share_of_copy_rate": weights * dtype.itemsize / (seconds / N) / 1e9 / copy}
     print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in {
-        "workload": name, "peer": "ours", "size": size, "dtype": dtype_name, "tokens_per_s": tokens / seconds,
-        "seconds": seconds, "peak_rss_mb": m.memory_gb(cpu) * 1000, "tokens": tokens, "gflops": flops / seconds / 1e9,
-        "share_of_matmul_rate": flops / seconds / 1e9 / gflops, "machine_gflops": gflops, "machine_copy_gb_s": copy,
-        **extra, "threads": torch.get_num_threads()}.items()}), flush=True)
+        "workload": name, "peer": "ours", "size": size, "dtype": dtype_name,
+        "tokens_per_s": tokens / seconds, "seconds": seconds, "peak_rss_mb": m.memory_gb(cpu) * 1000,
+        "tokens": tokens, "gflops": flops / seconds / 1e9,
+        "share_of_matmul_rate": flops / seconds / 1e9 / gflops, "machine_gflops": gflops,
+        "machine_copy_gb_s": copy, **extra, "threads": torch.get_num_threads()}.items()}), flush=True)
 
 
 TRICKS = {"float32": {}, "float32, checkpoint": {"checkpoint": True}, "bfloat16": {"dtype": "bfloat16"},
@@ -1899,11 +1986,10 @@ TRICKS = {"float32": {}, "float32, checkpoint": {"checkpoint": True}, "bfloat16"
 
 
 def bench_trick(name):
-    """One PPO iteration of four GPT-2 124M with random weights, really run: its peak of resident memory, its
-    seconds."""
+    """One PPO iteration of four GPT-2 124M with random weights, really run: its peak memory, its seconds."""
     watch, cpu = Stopwatch(), torch.device("cpu")
-    cfg = ppo.Config(init="gpt2", dry_run=True, batch=2, minibatch=2, epochs=2, block_size=512, max_new_tokens=112,
-                     **{"dtype": "float32"} | TRICKS[name])
+    cfg = ppo.Config(init="gpt2", dry_run=True, batch=2, minibatch=2, epochs=2, block_size=512,
+                     max_new_tokens=112, **{"dtype": "float32"} | TRICKS[name])
     memory.METERS.append(watch)
     ppo.iteration(cfg, cpu, getattr(torch, cfg.dtype))
     watch.phase("rest")
@@ -1913,8 +1999,8 @@ def bench_trick(name):
 
 def bench_adamw():
     """The optimizer's step on the weights of GPT-2 124M in float32, beside torch's."""
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(50304, 768)] + [(768, 3072), (3072, 768), (2304, 768),
-                                                                                   (768, 768)] * 12]
+    params = [torch.nn.Parameter(torch.randn(shape))
+              for shape in [(50304, 768)] + [(768, 3072), (3072, 768), (2304, 768), (768, 768)] * 12]
     ours, theirs = OffloadedAdamW(params, 1e-4, host=None), torch.optim.AdamW(params, 1e-4, fused=True)
     for p, master in zip(params, ours.masters):
         p.grad, master.grad = torch.randn_like(p), torch.randn_like(p)
@@ -1932,7 +2018,7 @@ def bench_adamw():
                       "ratio": round(ours_ / theirs_, 3)}), flush=True)
 
 
-# --- fit: the largest GPT-2 whose PPO iteration fits, from dry runs ------------------------------------------
+# --- fit: the largest GPT-2 whose PPO iteration fits, from dry runs -----------------------------------------
 
 SETTINGS = {"plain PyTorch, float32": {"dtype": "float32"},
             "bfloat16 --offload=optimizer --checkpoint": {"offload": "optimizer", "checkpoint": True},
@@ -1945,13 +2031,15 @@ def peaks(setting, k):
     """GiB on (device, host) of one iteration: batch 1, 400 + 112 tokens, k layers of k heads of width 128."""
     cfg = ppo.Config(init="scratch", tokenizer="gpt2", n_layer=k, n_head=k, n_embd=128 * k, block_size=512,
                      max_new_tokens=112, batch=1, minibatch=1, epochs=1, dry_run=True, **SETTINGS[setting])
-    def last_tokens(net, prompts, n, *rest, **more):  # the others with the prompt: faster, and the peak a little higher
+    # the others with the prompt: faster, and the peak a little higher
+    def last_tokens(net, prompts, n, *rest, **more):
         replies = generate(net, [prompt + [0] * (n - 2) for prompt in prompts], 2, *rest, **more)
         return [[0] * (n - 2) + reply for reply in replies]
     with memory.dry_run() as count, mock.patch.object(ppo, "generate", last_tokens):
         ppo.iteration(cfg, *m.pick_device(cfg.device, cfg.dtype, dry=True))
-    return tuple(max(phase_[f"peak_{place}_bytes"] for name, phase_ in count.phases.items() if name != "setup") / 2**30
-                 for place in ("device", "host"))
+    return tuple(
+        max(phase_[f"peak_{place}_bytes"] for name, phase_ in count.phases.items() if name != "setup") / 2**30
+        for place in ("device", "host"))
 
 
 def fit(budgets=(4, 8, 16, 24, 80), host=1024):
@@ -1986,7 +2074,8 @@ def bench(names):
 
 # What makes a command short; a later flag of the same name wins.
 SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
-         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --microbatch=2 --max_new_tokens=12 --best_of_n=2 --eval_prompts=8"}
+         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --microbatch=2 --max_new_tokens=12 --best_of_n=2 "
+                   "--eval_prompts=8"}
 SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
 
 
@@ -2005,19 +2094,21 @@ def exercises(text):
 
 
 def readme():
-    """In a copy of this folder: run all commands in their order, with settings cut short, then break what the
-    exercises break."""
+    """In a copy of this folder: run all commands, cut short, then break what the exercises break."""
     text = (ROOT / "README.md").read_text()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
-        pair = {"chosen": "\n\nHuman: Why %d?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why %d?\n\nAssistant: No."}
-        rows = "".join(json.dumps({side: words % i for side, words in pair.items()}) + "\n" for i in range(60))
+        pair = {"chosen": "\n\nHuman: Why %d?\n\nAssistant: Because.",
+                "rejected": "\n\nHuman: Why %d?\n\nAssistant: No."}
+        rows = "".join(json.dumps({side: words % i for side, words in pair.items()}) + "\n"
+                       for i in range(60))
         (copy / "helpful-base.test.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
         (copy / "mine.jsonl").write_text(rows)
         for name in ("book.txt", "tinyshakespeare.txt"):
             (copy / name).write_text("All the world is a stage.\n\n" * 200)
-        hub = Path(folder) / "hub/models--openai-community--gpt2/snapshots/main"  # a small stand-in for the hub's model
+        # a small stand-in for the hub's model
+        hub = Path(folder) / "hub/models--openai-community--gpt2/snapshots/main"
         m.save_model(hub, GPT(GPTConfig(50304, 1024, 1, 2, 8, "gpt2")).initialize(rng(0)))
         environment = os.environ | {"HF_HUB_CACHE": str(Path(folder) / "hub"), "HF_HUB_OFFLINE": "1"}
         for command in commands(text):
@@ -2030,18 +2121,22 @@ def readme():
                 short = script and "--dry_run" not in part
                 parts.append(f"{part} {SHORT[script]}" if short else part)
             typed = re.sub(r"\bpython\b", sys.executable, " && ".join(parts))
-            typed = re.sub(r"^((?:\S+=\S+ )*)torchrun", rf"\1{sys.executable} -m torch.distributed.run", typed)
+            typed = re.sub(r"^((?:\S+=\S+ )*)torchrun",
+                           rf"\1{sys.executable} -m torch.distributed.run", typed)
             start = time.time()
-            done = subprocess.run(typed, shell=True, cwd=copy, env=environment, capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL)
-            m.require(done.returncode == 0, f"README: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            done = subprocess.run(typed, shell=True, cwd=copy, env=environment, capture_output=True,
+                                  text=True, stdin=subprocess.DEVNULL)
+            m.require(done.returncode == 0,
+                      f"README: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
             print(f"ran in {time.time() - start:3.0f} s: {command}", flush=True)
         for file, old, new, name in exercises(text):
             whole = (copy / file).read_text()
             m.require(whole.count(old) == 1, f"README: {file} has not one place with\n{old}")
             (copy / file).write_text(whole.replace(old, new))
-            done = subprocess.run([sys.executable, "test_all.py", "-k", name], cwd=copy, capture_output=True, text=True)
-            m.require("Ran 1 test" in done.stderr and done.returncode == 1, f"README: {name} is not red\n{done.stderr}")
+            done = subprocess.run([sys.executable, "test_all.py", "-k", name], cwd=copy,
+                                  capture_output=True, text=True)
+            m.require("Ran 1 test" in done.stderr and done.returncode == 1,
+                      f"README: {name} is not red\n{done.stderr}")
             (copy / file).write_text(whole)
             print(f"red, as it should be: {name}", flush=True)
 
