@@ -2,7 +2,8 @@
 
 Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of
 two moments. PPO trains two networks of four, which makes 16 + 16 + 4 + 4 = 40 bytes: for GPT-2 124M 4.6 GiB,
-before a single activation. These moves change no result, and each stands alone:
+before a single activation. But for bfloat16's rounding and LoRA's few weights, these moves change no result;
+each stands alone:
 
     bfloat16                                 2 bytes a weight on the device; 32 bits, if at all, on the host
     OffloadedAdamW(params, lr, ...)          there: 4 master + 4 gradient + 8 moments, touched once a step

@@ -145,7 +145,7 @@ def tokenizer_files(name, n_positions):
             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
             "vocab": {spell(token): rank for token, rank in ranks.items()}, "merges": merges}},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|end|>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|user|>",
             "model_max_length": n_positions, "chat_template": CHAT_TEMPLATE}}
 
 
@@ -378,7 +378,11 @@ class Cache:
         self.mask = (positions <= lengths[:, None])[:, None, None, :]
 
     def keep(self, rows):
-        self.kv = self.kv[:, :, rows]
+        """Forget the other rows; a layer at a time, in place, for a second cache might not fit."""
+        n = int(rows.sum())
+        for kv in self.kv:
+            kv[:, :n] = kv[:, rows]
+        self.kv = self.kv[:, :, :n]
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -391,8 +395,8 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:  # the smallest set of tokens that is top_p likely: Holtzman et al. 2019, arXiv:1904.09751
         probs, order = logits.softmax(-1).sort(descending=True)
-        drop = (probs.cumsum(-1) - probs >= top_p).scatter(1, order, probs.cumsum(-1) - probs >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        drop = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
     cdf = logits.softmax(-1).cumsum(-1)
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.size(-1) - 1)
@@ -456,7 +460,7 @@ def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=
 
 
 def is_good(row, text):
-    """Does the reply match the row's check, a regular expression, in full? The training never sees this."""
+    """Does the reply match the row's check in full? Training never asks, but with ppo.py --reward=check."""
     return re.fullmatch(row["check"], text) is not None
 
 
@@ -619,9 +623,10 @@ def save_model(folder, model):
               "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
               "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": cfg.tokenizer}
-    end = Tokenizer(cfg.tokenizer).end
-    config |= {"bos_token_id": end, "eos_token_id": end}
-    config |= {"num_labels": 1, "pad_token_id": end} if scalar else {}
+    tokenizer = Tokenizer(cfg.tokenizer)
+    config |= {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    # transformers reads the score at the last token that is not padding: padding must not be <|end|>
+    config |= {"num_labels": 1, "pad_token_id": tokenizer.user} if scalar else {}
     tensors = {}
     for name, p in merged(model).items():
         name = name if name.startswith("score.") else "transformer." + name
@@ -754,7 +759,7 @@ def make_model(cfg, cls, device, dtype):
 @owner("weights")
 def place(model, cfg, device):
     """Where its weights live, and what learns: everything, or LoRA's adapters and a Scorer's head."""
-    model.cfg.checkpoint = cfg.checkpoint or cfg.offload == "all"  # without, the graph would keep what visits
+    model.cfg.checkpoint = cfg.checkpoint or cfg.offload == "all"  # else the graph keeps what visits
     if cfg.lora_rank:
         model.requires_grad_(False)
         for name, module in model.named_modules():
@@ -831,16 +836,16 @@ def check_common(cfg):
     require(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype={cfg.dtype}: auto, float32 or bfloat16.")
     require(cfg.microbatch == 0 or cfg.batch % cfg.microbatch == 0,
             f"--batch={cfg.batch} does not divide by --microbatch={cfg.microbatch}.")
-    require(Path(cfg.out).resolve() != Path(cfg.init).resolve(), f"--out={cfg.out} would overwrite --init.")
+    for name in {"init", "reward"} & set(dir(cfg)):
+        require(Path(cfg.out).resolve() != Path(getattr(cfg, name)).resolve(),
+                f"--out={cfg.out} would overwrite --{name}.")
     require(cfg.batch % WORLD == 0, f"--batch={cfg.batch} does not divide by {WORLD} processes.")
     require(WORLD == 1 or cfg.offload != "all" and not cfg.dry_run,
             "--offload=all and --dry_run are for one process; torchrun shards the weights instead.")
 
 
-def pick_device(device, dtype, dry=False):
+def pick_device(device, dtype):
     """("auto" or a name, likewise) -> (torch.device, torch.dtype); says what it chose and why."""
-    if dry:
-        return DEVICE, torch.float32 if dtype == "float32" else torch.bfloat16
     if device == "auto":
         device = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
@@ -880,7 +885,7 @@ def memory_gb(device):
 def rehearse(cfg, iteration):
     """--dry_run: `iteration(cfg, device, dtype)` on tensors without data -> the log's only line."""
     with dry_run() as count:
-        iteration(cfg, *pick_device(cfg.device, cfg.dtype, dry=True))
+        iteration(cfg, DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
     result = count.report()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with open(Path(cfg.out) / "log.jsonl", "a") as f:  # an earlier run's log stays

@@ -29,7 +29,7 @@ from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demon
 
 @dataclass(slots=True)
 class Config:
-    init: str = "out/sft"       # stage 1's checkpoint folder: where the actor starts, and its reference
+    init: str = "out/sft"       # stage 1's checkpoint folder: the actor and its reference
     reward: str = "out/reward"  # stage 2's folder; check: 1 if a reply matches the prompt's check, else 0
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 3            # size of a model from scratch
@@ -162,7 +162,7 @@ def rows_at_once(cfg):
 
 
 def in_parts(function, batch, size):
-    """function on `size` rows at a time; tensors, (B,) or (B, T), or tuples of them, joined again."""
+    """function, which returns some tensors (B,) or (B, T), on `size` rows at a time; joined again."""
     B, T = batch["idx"].shape
 
     def part(i):
@@ -204,8 +204,8 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, device)
     mask = batch["mask"] = batch["targets"] >= 0
-    # Old log-probabilities come from the same forward pass as the update's, so that the first ratio is
-    # exactly 1. Where a minibatch is the batch, and nobody asked for memory, it is the update's first.
+    # Scored by the function that the update calls, not taken from generation, so that the first ratio is 1.
+    # Where a minibatch is the batch, and nobody asked for memory, this pass is kept as the update's first.
     with torch.set_grad_enabled(size == len(rows) and not cfg.checkpoint and cfg.offload == "none"):
         logprobs, entropy = in_parts(
             lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
@@ -264,13 +264,15 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
                 for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
                                    (loss, v_loss, *sums)):
                     stats[name] += x.item() / n.item()
-            if cfg.ptx_coef:  # ids, targets and mask of one draw
+            if cfg.ptx_coef:
                 drawn = torch.randint(len(demonstrations), (cfg.minibatch,), generator=generator).tolist()
                 drawn = [demonstrations[i] for i in drawn]
                 count = sum(t >= 0 for _, targets in drawn for t in targets)
-                nll, _ = negative_log_likelihood(actor, drawn[RANK::WORLD], device)
-                (cfg.ptx_coef * nll / count).backward()
-                stats["ptx_loss"] += nll.item() / count
+                mine, size = drawn[RANK::WORLD], rows_at_once(cfg)
+                for i in range(0, len(mine), size):
+                    nll, _ = negative_log_likelihood(actor, mine[i:i + size], device)
+                    (cfg.ptx_coef * nll / count).backward()
+                    stats["ptx_loss"] += nll.item() / count
             stats = dict(zip(stats, summed(*stats.values())))
             require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
                     f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
@@ -299,8 +301,8 @@ def complaints(log, dtype):
     if abs(log["ratio_first"] - 1) > (1e-4 if dtype == torch.float32 else 1e-2):
         yield (f"first ratio {log['ratio_first']:.5f}, not 1: rollout and update disagree (temperature? "
                "dropout?)")
-    if log["kl_k3"] < -1e-6:
-        yield f"k3 KL {log['kl_k3']:.5f} below 0: actor and reference were compared on different tokens"
+    if log["kl"] < -1:
+        yield f"KL {log['kl']:.1f} nats a reply, below 0: the replies are not the scored policy's own"
     if log["eos_rate"] == 0:
         yield "no reply ended: is stage 1 trained on <|end|>, or --max_new_tokens too small?"
     if log["entropy"] < 0.01:
@@ -316,8 +318,8 @@ def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
     """The policy answers `rows` -> (replies, scores (N,), KL to the reference a reply (N,)), on the CPU."""
     prompts, size = [row["ids"] for row in rows], rows_at_once(cfg)
     cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
-    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, 2 * cfg.batch,
-                            cfg.temperature)
+    at_once = cfg.batch if cfg.microbatch else 2 * cfg.batch
+    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, at_once, cfg.temperature)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
     batch = as_batch([prompts[i] for i in order], [replies[i] for i in order], tokenizer.end, model.device)
     scores, kl = torch.zeros(len(rows)), torch.zeros(len(rows))
@@ -327,6 +329,11 @@ def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
                         for m in (model, reference))
         kl[order] = (ours - theirs).sum(1).cpu()
     return [tokenizer.decode(r) for r in replies], scores, kl
+
+
+def gold(rows, replies):
+    """The share of replies that are good; None unless every row has a check."""
+    return sum(map(is_good, rows, replies)) / len(rows) if all("check" in row for row in rows) else None
 
 
 def win_rate(ours, theirs):
@@ -346,17 +353,17 @@ def evaluate(models, rows, tokenizer, cfg):
     many, many_scores, _ = judge(reference, reference, reward_model, [row for row in rows for _ in range(n)],
                                  tokenizer, cfg, cfg.seed + 3)
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
-    has_gold = all("check" in row for row in rows)
-    gold = lambda replies: torch.tensor([float(is_good(*pair)) for pair in zip(rows, replies)])
-    mean_gold = lambda replies: gold(replies).mean().item() if has_gold else None
-    rate, low, high = win_rate(*((gold(after), gold(before)) if has_gold else (after_scores, before_scores)))
+    judged = lambda replies: torch.tensor([float(is_good(*pair)) for pair in zip(rows, replies)])
+    has_gold = gold(rows, before) is not None
+    rate, low, high = win_rate(*((judged(after), judged(before)) if has_gold
+                                 else (after_scores, before_scores)))
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]
         print(f"    {question!r}\n        {before[i]!r} ({before_scores[i]:+.2f})\n"
               f"     -> {after[i]!r} ({after_scores[i]:+.2f})")
-    return {"gold_before": mean_gold(before), "gold_after": mean_gold(after),
-            "gold_best_of_n": mean_gold(best),
+    return {"gold_before": gold(rows, before), "gold_after": gold(rows, after),
+            "gold_best_of_n": gold(rows, best),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
             "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}
@@ -445,8 +452,8 @@ def main(cfg):
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
                       encode_demonstration(row, tokenizer, cfg.block_size)] if cfg.ptx_coef else None
-    print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} updates x "
-          f"{cfg.epochs} epochs, {cfg.steps} times")
+    print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} gradient "
+          f"steps x {cfg.epochs} epochs, {cfg.steps} times")
 
     run, kl_coef = Run(cfg), cfg.kl_coef
     optimizers = optimizers_of(models, cfg)
@@ -470,21 +477,21 @@ def main(cfg):
             log = {name: total[name] / total["updates"] for name in total if name not in ("updates", "ratio")}
             gap = batch["logprobs"] - batch["ref_logprobs"]
             residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
-            spread = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
+            variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
             replies = texts(batch, tokenizer)
             log |= {"score": batch["scores"].mean().item(), "kl": gap.sum(1).mean().item(),
                     "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
                     "entropy": masked_mean(batch["entropy"], mask).item(), "ratio_first": first_ratio,
-                    "explained_variance": (1 - residual / spread.clamp(min=1e-8)).item(),
+                    "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
                     "eos_rate": batch["ended"].float().mean().item(),
                     "response_length": mask.sum(1).float().mean().item(), "kl_coef": kl_coef, "lr": lr,
                     "updates": total["updates"], "tokens_per_s": mask.sum().item() / (time.time() - clock),
                     "seconds": time.time() - run.clock, "memory_gb": memory_gb(device),
-                    "gold": sum(map(is_good, rows, replies)) / len(rows) if "check" in rows[0] else None}
+                    "gold": gold(rows, replies)}
             kl_coef = adapt(kl_coef, log["kl"], cfg)
             if done % cfg.log_every == 0 or done == cfg.steps:
-                gold = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
-                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {gold}kl {log['kl']:.2f} | "
+                good = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
+                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {good}kl {log['kl']:.2f} | "
                     f"entropy {log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | "
                     f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | "
                     f"length {log['response_length']:.1f} | {log['tokens_per_s']:,.0f} tok/s | "
@@ -493,7 +500,7 @@ def main(cfg):
             for complaint in complaints(log, dtype):
                 say(f"    warning: {complaint}")
             if done % cfg.eval_every == 0:
-                for i in range(3):
+                for i in range(0, len(rows), -(-len(rows) // 3)):
                     say(f"    {rows[i]['prompt'][-1]['content'][-200:]!r} -> {replies[i]!r} "
                         f"(score {batch['scores'][i]:+.2f}, kl {gap[i].sum():.2f})")
             if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
@@ -501,7 +508,7 @@ def main(cfg):
                 run.stop_if_interrupted()
 
     summary = evaluate(models, val[:cfg.eval_prompts], tokenizer, cfg) if val else {}
-    return run.finish(cfg.steps, **summary, seconds=time.time() - run.clock)
+    return run.finish(cfg.steps, **summary)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out. Loss
 (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
-An untrained model has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
+A model that only guesses has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
 """
 import time
 from collections import defaultdict
@@ -23,7 +23,7 @@ from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, gene
 
 @dataclass(slots=True)
 class Config:
-    init: str = "out/sft"       # stage 1's checkpoint folder, or scratch
+    init: str = "out/sft"       # stage 1's checkpoint folder, a hub's GPT-2 (gpt2, ...), or scratch
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 3            # size of a model from scratch
     n_head: int = 4
@@ -64,13 +64,12 @@ def load_pairs(cfg, tokenizer):
     """-> (train rows, val rows), each row with its `ids`. Ties teach nothing and are dropped."""
     out = []
     for rows in prepare.load(cfg.data, "preferences"):
-        usable = [row for row in rows if row["chosen"] != row["rejected"]]
-        if len(usable) < len(rows):
-            print(f"dropped {len(rows) - len(usable)} pairs of equal replies")
-        for row in tqdm(usable, desc="encoding", leave=False, disable=QUIET):
+        for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
             row["ids"] = encode(row, tokenizer, cfg.block_size)
-        # two dialogues that differ only in what was cut off are a tie, too
-        out.append([row for row in usable if row["ids"][0] != row["ids"][1]])
+        # dialogues that differ only in what was cut off are a tie, too
+        out.append([row for row in rows if row["ids"][0] != row["ids"][1]])
+        if len(out[-1]) < len(rows):
+            print(f"dropped {len(rows) - len(out[-1])} pairs of equal replies")
     require(out[0], f"{cfg.data}: no pair to learn from.")
     print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out")
     return out
@@ -95,7 +94,7 @@ def margins(model, pairs, device):
     return chosen - rejected
 
 
-# Pairs tell nothing about a constant that a prompt adds to both scores, but PPO clips them: it must be small.
+# A constant that a prompt adds to both scores cancels in the loss, but PPO clips scores: keep it small.
 CENTER = 0.01
 
 
@@ -159,7 +158,8 @@ def mean_score(model, cfg, tokenizer, device, dtype, n=512):
     sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
     shard(place(sft, replace(cfg, lora_rank=0), device), device)
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
-    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, 4 * cfg.batch)
+    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed,
+                            cfg.microbatch or 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
     with torch.no_grad():
         scores = spread(lambda i: score(model, rows[i:i + cfg.batch], device), range(0, len(rows), cfg.batch))

@@ -171,7 +171,8 @@ def main(cfg):
 
     nll, n = validate(model, val, cfg, device) if val else (math.nan, 1)
     final = {"val_loss": nll / n if val else None,
-             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed, 4 * cfg.batch)}
+             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed,
+                                cfg.microbatch or 4 * cfg.batch)}
     if val_characters:
         final["val_loss_per_character"] = nll / val_characters
     samples(model, tokenizer, prompts, val, cfg, say, n=8)
