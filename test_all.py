@@ -1500,14 +1500,14 @@ class Stages(InFolder):
 
     def test_trace_prints_a_rollout_token_by_token(self):
         self.three()
-        _, text = quiet(ppo.main, small(ppo, self.root, trace=True, steps=1))
+        one = dict(batch=1, minibatch=1, eval_every=1)  # one sample to show
+        _, text = quiet(ppo.main, small(ppo, self.root, trace=True, steps=1, **one))
         self.assertIn("advantage", text)
         self.assertIn("paid on the last token", text)
 
     def test_ptx_keeps_stage_ones_loss_in_the_log(self):
         self.three()
         quiet(ppo.main, small(ppo, self.root, ptx_coef=0.5, steps=1))
-        quiet(ppo.main, small(ppo, self.root, batch=1, minibatch=1, steps=1, eval_every=1))  # one sample to show
         self.assertIn("ptx_loss", json.loads((self.root / "out/ppo/log.jsonl").read_text().splitlines()[0]))
 
     def test_the_chat_answers_one_prompt(self):
