@@ -836,8 +836,8 @@ def check_common(cfg):
     require(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype={cfg.dtype}: auto, float32 or bfloat16.")
     require(cfg.microbatch == 0 or cfg.batch % cfg.microbatch == 0,
             f"--batch={cfg.batch} does not divide by --microbatch={cfg.microbatch}.")
-    for name in {"init", "reward"} & set(dir(cfg)):
-        require(Path(cfg.out).resolve() != Path(getattr(cfg, name)).resolve(),
+    for name in ("init", "reward"):
+        require(not hasattr(cfg, name) or Path(cfg.out).resolve() != Path(getattr(cfg, name)).resolve(),
                 f"--out={cfg.out} would overwrite --{name}.")
     require(cfg.batch % WORLD == 0, f"--batch={cfg.batch} does not divide by {WORLD} processes.")
     require(WORLD == 1 or cfg.offload != "all" and not cfg.dry_run,

@@ -355,8 +355,7 @@ def evaluate(models, rows, tokenizer, cfg):
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
     judged = lambda replies: torch.tensor([float(is_good(*pair)) for pair in zip(rows, replies)])
     has_gold = gold(rows, before) is not None
-    rate, low, high = win_rate(*((judged(after), judged(before)) if has_gold
-                                 else (after_scores, before_scores)))
+    rate, low, high = win_rate(*(map(judged, (after, before)) if has_gold else (after_scores, before_scores)))
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]

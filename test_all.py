@@ -594,7 +594,7 @@ class Network(InFolder):
 
     def test_logits_equal_those_of_transformers(self):
         # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
-        # and GPT2ForSequenceClassification (which looks for the last token that is not padding), for these ids
+        # and GPT2ForSequenceClassification (which seeks the last token that is not padding), for these ids
         ids = torch.arange(12)[None] * 37 % 1000
         ids[0, -1] = Tokenizer("tiny").end
         for cls, golden in ((GPT, [-3.50855, 1.51101, 2.38861, -3.28141, 0.04353, 3.24915]),
