@@ -7,24 +7,26 @@
 
 Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor
 learns, the reference is stage 1 and stays, the critic starts from the reward model and learns, the reward
-model stays. Loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9), the reward of Ziegler et al. 2019,
-arXiv:1909.08593, eq. 2.
+model stays. Losses: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9, without an entropy bonus; reward:
+Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
 """
 import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import RANK, WORLD, gathered, phase, shard, spread, summed, token_logprobs
-from model import (GPT, Run, Scorer, adamw, batch_at, check_common, encode_demonstration, generate,
-                   generate_many, is_good, load_model, make_model, masked_mean, memory_gb,
-                   negative_log_likelihood, pad, parse_flags, pick_device, place, rehearse, require, rng,
-                   twin)
+from data.batches import batch_at, map_by_length, pad, rng
+from data.run import Run, check_flags, memory_gb, parse_flags, pick_device, require, run_dry
+from data.tokenizer import encode_demonstration
+from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, token_logprobs, unsharded
+from model import (GPT, Scorer, exported, frozen_copy, generate, generate_many, load_model, make_model,
+                   make_optimizer, negative_log_likelihood, passes_check, setup_training)
 
 
 @dataclass(slots=True)
@@ -60,39 +62,56 @@ class Config:
     value_clip: float = 0.2
     value_coef: float = 0.5
     score_clip: float = 5.0
-    missing_eos_penalty: float = 1.0    # a reply without <|end|> scores minus this
+    missing_eos_penalty: float = 1.0    # a reply without <|end|> scores minus this, whatever it says
     ptx_coef: float = 0.0       # weight of stage 1's loss on stage 1's data, against forgetting
     best_of_n: int = 16         # the yardstick in the last evaluation
     eval_prompts: int = 600     # held-out prompts in the last evaluation
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
-    lora_rank: int = 0          # above 0: learn adapters of this rank; four models then stand on two trunks
+    lora_rank: int = 0          # above 0: learn adapters of this rank; four models share two sets of weights
     dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
     trace: bool = False         # print a reply token by token: at first, and every `eval_every` rollouts
     resume: bool = False        # go on from out/state.pt
     log_every: int = 1
-    eval_every: int = 20        # samples
+    eval_every: int = 20        # print samples
     save_every: int = 20
 
 
-# --- mathematics: positions are those that predict a token of the reply, mask marks them, all (B, T) --------
+class Models(NamedTuple):
+    actor: GPT                      # the policy: learns
+    reference: GPT                  # stage 1, frozen
+    critic: Scorer                  # starts from the reward model, learns to predict its score
+    reward_model: Scorer | None     # stage 2, frozen; None: rewards come from the prompts' checks
+
+
+# --- mathematics: all (B, T); position t is the choice of idx[t + 1], mask marks those of the reply ---------
+
+def masked_mean(x, mask):
+    """The mean of x where mask is true, both (...). 0 where mask is empty, never 0/0."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Each token pays kl_coef * log(policy / reference); each reply's last one earns the score (B,)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)
+    last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)  # argmax finds the first: (B,)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantages (B, T): Schulman et al. 2016, arXiv:1506.02438, eq. 16."""
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(following)
+    """Generalized advantages (B, T): Schulman et al. 2016, arXiv:1506.02438, eq. 16, from the end backwards.
+
+        delta_t = r_t + gamma V_t+1 - V_t        A_t = delta_t + gamma lam A_t+1
+
+    Beyond the last token V and A are 0, for replies that were cut off, too.
+    """
+    advantages, next_advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])  # (B, T), (B,)
+    next_value = torch.zeros_like(next_advantage)
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t], next_value = following, values[:, t] * mask[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        advantages[:, t], next_value = next_advantage, values[:, t] * mask[:, t]
     return advantages
 
 
@@ -104,29 +123,32 @@ def whiten(x, mask):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """PPO's clipped objective, eq. 7, summed over the mask -> (loss, share clipped, approximate KL old to
-    new, ratio).
+    """PPO's clipped objective, eq. 7:
 
-    The last three are summed over the mask as well: the caller divides by the tokens of its whole minibatch.
+        loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),    ratio = exp(logprobs - old_logprobs)
+
+    -> (loss, tokens whose clip is the larger, approximate KL from old to new, ratio), each summed over the
+    mask: the caller divides by the tokens of its whole minibatch.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    with torch.no_grad():
-        share = ((clipped > unclipped) * mask).sum()
-        approx_kl = ((ratio - 1 - log_ratio) * mask).sum()
-    return (torch.maximum(unclipped, clipped) * mask).sum(), share, approx_kl, (ratio.detach() * mask).sum()
+    loss = (torch.maximum(unclipped, clipped) * mask).sum()
+    statistics = clipped > unclipped, torch.expm1(log_ratio) - log_ratio, ratio
+    return loss, *((x.detach() * mask).sum() for x in statistics)
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Squared error, summed over the mask; no gain beyond value_clip from the old value."""
+    """max((V - R)^2, (V_clipped - R)^2) / 2, summed over the mask. V_clipped is at most value_clip away from
+    the old value: moving further towards R lowers nothing. (Not in the paper; from OpenAI's baselines.)"""
     near = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (near - returns) ** 2) * mask).sum()
 
 
 def k3(logprobs, ref_logprobs):
     """Schulman's estimator of KL(policy, reference), never negative: http://joschu.net/blog/kl-approx.html"""
-    return (ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs)
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 - x: its digits would cancel where x is small
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -146,94 +168,109 @@ def as_batch(prompts, replies, end, device):
 
 
 def policy_logprobs(model, batch, temperature, entropy=False):
-    """(B, T) log-probabilities of the reply's tokens under the distribution that they were sampled from."""
-    hidden = model(batch["idx"]) / temperature
+    """-> log-probabilities of the reply's tokens under the distribution that they were sampled from, and its
+    entropy if asked for, each (B, T), 0 elsewhere."""
+    hidden = model(batch["idx"]) / temperature  # the logits are linear in it
     return token_logprobs(hidden, model.wte.weight, batch["targets"], entropy=entropy)
 
 
-def rows_of(batch, rows):
-    """Some rows, cut to the longest of them: no work for padding."""
-    T = int(batch["lengths"][rows].max())
-    return {name: t[rows] if t.dim() == 1 else t[rows, :-(-T // 8) * 8] for name, t in batch.items()}
+def slice_batch(batch, rows):
+    """Some rows (a slice or indices), cut to the longest of them as pad() would: no work for padding."""
+    T = math.ceil(int(batch["lengths"][rows].max()) / 8) * 8
+    return {name: t[rows] if t.dim() == 1 else t[rows, :T] for name, t in batch.items()}
 
 
-def rows_at_once(cfg):
+def microbatch_size(cfg):
     return cfg.microbatch or cfg.minibatch // WORLD
 
 
-def in_parts(function, batch, size):
-    """function, which returns some tensors (B,) or (B, T), on `size` rows at a time; joined again."""
+def map_microbatches(function, batch, size):
+    """Apply function(part of the batch, its slice), which returns a list of tensors, to `size` rows at a
+    time, shared among the processes -> the tensors of all parts joined, (B,) or (B, T)."""
     B, T = batch["idx"].shape
 
-    def part(i):
-        out = function(rows_of(batch, slice(i, i + size)))
+    def run(part):
+        out = function(slice_batch(batch, part), part)
         return [x if x.dim() == 1 else F.pad(x, (0, T - x.size(1))) for x in out]
-    return tuple(torch.cat(x).to(batch["idx"].device) for x in zip(*spread(part, range(0, B, size))))
+    parts = distributed_map(run, [slice(i, i + size) for i in range(0, B, size)])
+    return [torch.cat(x).to(batch["idx"].device) for x in zip(*parts)]
 
 
 def texts(batch, tokenizer):
     return [tokenizer.decode(t[t >= 0].tolist()) for t in batch["targets"]]
 
 
-def scores_of(batch, reward_model, rows, tokenizer, cfg):
-    """(B,) clipped scores from the reward model or the rows' checks; without an end, the penalty."""
+def score_replies(batch, reward_model, rows, tokenizer, cfg):
+    """-> (B,): clipped scores from the reward model or the rows' checks, minus the penalty without an end."""
     if reward_model:
-        last = lambda b: (reward_model.last(b["idx"], b["lengths"]),)
-        scores, = in_parts(last, batch, rows_at_once(cfg))
+        scores = reward_model.last(batch["idx"], batch["lengths"])
     else:
-        good = [float(is_good(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
-        scores = torch.tensor(good).to(batch["idx"].device)
+        passed = [float(passes_check(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
+        scores = torch.tensor(passed).to(batch["idx"].device)
     scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
     return torch.where(batch["ended"], scores, -cfg.missing_eos_penalty)
 
 
 @torch.no_grad()
-def rollout(step, rows, models, tokenizer, cfg, kl_coef):
-    """Let the policy answer `rows` -> the batch with everything that the update needs."""
-    actor, reference, critic, reward_model = models
-    device, size = actor.device, rows_at_once(cfg)
-    phase("rollout")
-    prompts, replies = [row["ids"] for row in rows], [None] * len(rows)
-    u = torch.rand(len(rows), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
-    shares = [slice(rank, None, WORLD) for rank in range(WORLD)]
-    with gathered(actor):
-        parts = spread(lambda share: generate(actor, prompts[share], cfg.max_new_tokens, tokenizer.end,
-                                              cfg.temperature, u=u[share]), shares)
+def sample_replies(step, prompts, actor, tokenizer, cfg):
+    """Lists of ids -> lists of ids. Each process answers its share; all of them get all replies."""
+    # the random numbers that choose the tokens are drawn here: the same ones for any number of processes
+    u = torch.rand(len(prompts), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
+    answer = lambda share: generate(actor, prompts[share], cfg.max_new_tokens, tokenizer.end, cfg.temperature,
+                                    u=u[share])
+    shares, replies = [slice(rank, None, WORLD) for rank in range(WORLD)], [None] * len(prompts)
+    with unsharded(actor):
+        parts = distributed_map(answer, shares)
     for share, part in zip(shares, parts):
         replies[share] = part
+    return replies
+
+
+@torch.no_grad()
+def rollout(step, rows, models, tokenizer, cfg, kl_coef):
+    """The policy answers `rows` -> (batch with everything that the update needs, first_pass).
+
+    If the first gradient step takes the whole batch at once, the policy that it updates is still the one
+    that spoke. Then first_pass is (logprobs, values) with their graphs, which the update need not compute
+    again; otherwise, and with checkpointing or offloading, which save memory, it is None.
+    """
+    actor, reference, critic, reward_model = models
+    size = microbatch_size(cfg)
+    phase("rollout")
+    prompts = [row["ids"] for row in rows]
+    replies = sample_replies(step, prompts, actor, tokenizer, cfg)
     phase("scoring")
-    batch = as_batch(prompts, replies, tokenizer.end, device)
+    batch = as_batch(prompts, replies, tokenizer.end, actor.device)
     mask = batch["mask"] = batch["targets"] >= 0
-    # Scored by the function that the update calls, not taken from generation, so that the first ratio is 1.
-    # Where a minibatch is the batch, and nobody asked for memory, this pass is kept as the update's first.
-    with torch.set_grad_enabled(size == len(rows) and not cfg.checkpoint and cfg.offload == "none"):
-        logprobs, entropy = in_parts(
-            lambda b: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
-        values, = in_parts(lambda b: (critic.values(b["idx"]) * b["mask"],), batch, size)
-    batch["logprobs"], batch["entropy"], batch["values"] = logprobs.detach(), entropy, values.detach()
-    batch["ref_logprobs"] = in_parts(lambda b: policy_logprobs(reference, b, cfg.temperature), batch, size)[0]
-    batch["scores"] = scores_of(batch, reward_model, rows, tokenizer, cfg)
+    # Computed as the update does, not taken from generation, so that the first ratio is exactly 1.
+    keep_graph = size == len(rows) and not cfg.checkpoint and cfg.offload == "none"
+    with torch.set_grad_enabled(keep_graph):
+        logprobs, batch["entropy"] = map_microbatches(
+            lambda b, _: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
+        values, = map_microbatches(lambda b, _: [critic.values(b["idx"]) * b["mask"]], batch, size)
+    batch["logprobs"], batch["values"] = logprobs.detach(), values.detach()
+    batch["ref_logprobs"], _ = map_microbatches(
+        lambda b, _: policy_logprobs(reference, b, cfg.temperature), batch, size)
+    batch["scores"], = map_microbatches(
+        lambda b, part: [score_replies(b, reward_model, rows[part], tokenizer, cfg)], batch, size)
+    batch["kl"] = batch["logprobs"] - batch["ref_logprobs"]
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
     batch["returns"] = advantages + batch["values"]
     batch["advantages"] = whiten(advantages, mask)
-    if logprobs.requires_grad:
-        batch["first"] = logprobs, values
-    return batch
+    return batch, (logprobs, values) if keep_graph else None
 
 
-def trace(batch, tokenizer, row=0):
-    """One reply, token by token."""
-    print(f"{'token':>14} {'logprob':>8} {'ref':>8} {'kl':>7} {'reward':>7} {'value':>7} {'return':>7} "
-          f"{'advantage':>9}")
-    names = "logprobs", "ref_logprobs", "rewards", "values", "returns", "advantages"
-    for t in batch["mask"][row].nonzero().squeeze(1).tolist():
-        token = batch["targets"][row, t].item()
+def trace(batch, tokenizer):
+    """Print the first reply, token by token."""
+    columns = {"logprob": "logprobs", "ref": "ref_logprobs", "kl": "kl", "reward": "rewards",
+               "value": "values", "return": "returns", "advantage": "advantages"}
+    print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in columns))
+    for t in batch["mask"][0].nonzero().squeeze(1).tolist():
+        token = batch["targets"][0, t].item()
         text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
-        lp, ref, reward, value, ret, advantage = (batch[name][row, t].item() for name in names)
-        print(f"{text:>14} {lp:8.3f} {ref:8.3f} {lp - ref:7.3f} {reward:7.3f} {value:7.3f} {ret:7.3f} "
-              f"{advantage:9.3f}")
-    print(f"score {batch['scores'][row].item():.3f}, paid on the last token")
+        print(f"{text:>14} " + " ".join(f"{batch[name][0, t].item():9.3f}" for name in columns.values()))
+    print(f"score {batch['scores'][0].item():.3f}, paid on the last token")
 
 
 # --- update -------------------------------------------------------------------------------------------------
@@ -241,62 +278,98 @@ def trace(batch, tokenizer, row=0):
 TARGET_KL = 0.02  # approximate KL from the rollout's policy at which the passes over a batch end early
 
 
-def update(step, batch, models, optimizers, lr, demonstrations, cfg):
-    """`epochs` passes over the batch in reshuffled minibatches -> sums of statistics, and the first ratio."""
-    (actor, _, critic, _), (actor_adam, critic_adam) = models, optimizers
-    device, total, first_ratio = batch["idx"].device, defaultdict(float), None
-    first = batch.pop("first", None)
-    generator = rng(cfg.seed, "update", step)
+def minibatches(n, cfg, generator):
+    """Row numbers of each gradient step: all n rows, reshuffled in each of `epochs` passes."""
+    for _ in range(cfg.epochs):
+        yield from torch.randperm(n, generator=generator).split(cfg.minibatch)
+
+
+def ppo_gradients(batch, minibatch, first_pass, models, cfg):
+    """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics: this process's part of their
+    means over the minibatch's reply tokens."""
+    stats, n = defaultdict(float), batch["mask"][minibatch].sum().item()
+    # The batch is sorted by length: neighbours need little padding.
+    for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg)):
+        b = slice_batch(batch, part)
+        logprobs = first_pass[0] if first_pass else policy_logprobs(models.actor, b, cfg.temperature)[0]
+        loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
+        (loss / n).backward()  # before the critic begins: one network's activations at a time
+        values = first_pass[1] if first_pass else models.critic.values(b["idx"])
+        v_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
+        (cfg.value_coef * v_loss / n).backward()
+        for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
+                           (loss, v_loss, *sums)):
+            stats[name] += x.item() / n
+    return stats
+
+
+def ptx_gradients(actor, demonstrations, generator, cfg):
+    """Gradients of ptx_coef times stage 1's loss on a minibatch of stage 1's data -> this process's part of
+    that loss."""
+    drawn = torch.randint(len(demonstrations), (cfg.minibatch,), generator=generator).tolist()
+    drawn, loss, size = [demonstrations[i] for i in drawn], 0.0, microbatch_size(cfg)
+    n = sum(t >= 0 for _, targets in drawn for t in targets)
+    mine = drawn[RANK::WORLD]
+    for i in range(0, len(mine), size):
+        nll = negative_log_likelihood(actor, mine[i:i + size], actor.device)[0].sum()
+        (cfg.ptx_coef * nll / n).backward()
+        loss += nll.item() / n
+    return loss
+
+
+def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg):
+    """Learn from rollout number `step` -> statistics: means over the gradient steps, `updates`, their number,
+    and `ratio_first`, the first one's ratio."""
+    generator, history = rng(cfg.seed, "update", step), []
     phase("update")
-    for epoch in range(cfg.epochs):
-        for rows in torch.randperm(len(batch["idx"]), generator=generator).to(device).split(cfg.minibatch):
-            stats = defaultdict(float)
-            n = batch["mask"][rows].sum()
-            # In the batch neighbours are of similar length.
-            for part in rows.sort().values[RANK::WORLD].split(rows_at_once(cfg)):
-                b = rows_of(batch, part)
-                logprobs = first[0] if first else policy_logprobs(actor, b, cfg.temperature)[0]
-                loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
-                (loss / n).backward()  # before the critic begins: one network's activations at a time
-                values, first = first[1] if first else critic.values(b["idx"]), None
-                v_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
-                (cfg.value_coef * v_loss / n).backward()
-                for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
-                                   (loss, v_loss, *sums)):
-                    stats[name] += x.item() / n.item()
-            if cfg.ptx_coef:
-                drawn = torch.randint(len(demonstrations), (cfg.minibatch,), generator=generator).tolist()
-                drawn = [demonstrations[i] for i in drawn]
-                count = sum(t >= 0 for _, targets in drawn for t in targets)
-                mine, size = drawn[RANK::WORLD], rows_at_once(cfg)
-                for i in range(0, len(mine), size):
-                    nll, _ = negative_log_likelihood(actor, mine[i:i + size], device)
-                    (cfg.ptx_coef * nll / count).backward()
-                    stats["ptx_loss"] += nll.item() / count
-            stats = dict(zip(stats, summed(*stats.values())))
-            require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
-                    f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
-                    "checkpoint.")
-            first_ratio = stats["ratio"] if first_ratio is None else first_ratio
-            stats["grad_norm"] = actor_adam.step(lr, cfg.grad_clip)
-            critic_adam.step(lr, cfg.grad_clip)
-            for name, x in stats.items():
-                total[name] += x
-            total["updates"] += 1
-            if stats["approx_kl"] > TARGET_KL:
-                return total, first_ratio
-    return total, first_ratio
+    for minibatch in minibatches(len(batch["idx"]), cfg, generator):
+        stats = ppo_gradients(batch, minibatch.to(batch["idx"].device), first_pass, models, cfg)
+        first_pass = None  # after a step the policy is another
+        if cfg.ptx_coef:
+            stats["ptx_loss"] = ptx_gradients(models.actor, demonstrations, generator, cfg)
+        stats = dict(zip(stats, all_reduce_sum(*stats.values())))
+        require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
+                f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
+                "checkpoint.")
+        stats["grad_norm"] = optimizers["actor"].step(lr, cfg.grad_clip)
+        optimizers["critic"].step(lr, cfg.grad_clip)
+        history.append(stats)
+        if stats["approx_kl"] > TARGET_KL:
+            break
+    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+    del means["ratio"]
+    return means | {"ratio_first": history[0]["ratio"], "updates": len(history)}
 
 
-def adapt(kl_coef, kl, cfg):
-    """The proportional controller of Ziegler et al. 2019, eq. 4, with their horizon of 10,000 replies."""
+def update_kl_coef(kl_coef, kl, cfg):
+    """The proportional controller of Ziegler et al. 2019, section 2.2: error clipped to +-0.2, their code's
+    horizon of 10,000 replies."""
     if cfg.kl_target <= 0:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * cfg.batch / 10_000)
 
 
-def complaints(log, dtype):
+def linear_lr(step, cfg):
+    """The learning rate of rollout `step`: a linear warm-up, and a linear decay to 0."""
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
+
+
+def rollout_statistics(batch):
+    """What the log says of a rollout, by the models as they were before the update."""
+    mask = batch["mask"]
+    residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
+    variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
+    return {"score": batch["scores"].mean().item(), "kl": batch["kl"].sum(1).mean().item(),
+            "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
+            "entropy": masked_mean(batch["entropy"], mask).item(),
+            # of the returns by the critic: 1 if it predicts them exactly, 0 if no better than their mean
+            "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
+            "eos_rate": batch["ended"].float().mean().item(),
+            "response_length": mask.sum(1).float().mean().item()}
+
+
+def health_warnings(log, dtype):
     """Health signs that are off, each with its likely cause."""
     if abs(log["ratio_first"] - 1) > (1e-4 if dtype == torch.float32 else 1e-2):
         yield (f"first ratio {log['ratio_first']:.5f}, not 1: rollout and update disagree (temperature? "
@@ -314,26 +387,32 @@ def complaints(log, dtype):
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def judge(model, reference, reward_model, rows, tokenizer, cfg, seed):
-    """The policy answers `rows` -> (replies, scores (N,), KL to the reference a reply (N,)), on the CPU."""
-    prompts, size = [row["ids"] for row in rows], rows_at_once(cfg)
-    cfg = replace(cfg, score_clip=math.inf)  # a yardstick has to tell good from better
+def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
+    """The policy answers `rows` -> (replies, scores (N,), KL from the reference, nats a reply (N,)), on the
+    CPU."""
+    cfg = replace(cfg, score_clip=math.inf)  # so that high scores can be compared
     at_once = cfg.batch if cfg.microbatch else 2 * cfg.batch
-    replies = generate_many(model, prompts, cfg.max_new_tokens, tokenizer.end, seed, at_once, cfg.temperature)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(replies[i]))
-    batch = as_batch([prompts[i] for i in order], [replies[i] for i in order], tokenizer.end, model.device)
-    scores, kl = torch.zeros(len(rows)), torch.zeros(len(rows))
-    scores[order] = scores_of(batch, reward_model, [rows[i] for i in order], tokenizer, cfg).cpu()
-    if model is not reference:
-        ours, theirs = (in_parts(lambda b: policy_logprobs(m, b, cfg.temperature), batch, size)[0]
-                        for m in (model, reference))
-        kl[order] = (ours - theirs).sum(1).cpu()
-    return [tokenizer.decode(r) for r in replies], scores, kl
+    replies = generate_many(model, [row["ids"] for row in rows], cfg.max_new_tokens, tokenizer.end, seed,
+                            at_once, cfg.temperature)
+
+    def measure(pairs, _):  # (row, reply) -> (score, KL)
+        rows, replies = zip(*pairs)
+        batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
+        scores = score_replies(batch, reward_model, rows, tokenizer, cfg)
+        kl = torch.zeros_like(scores)
+        if model is not reference:
+            logprobs, ref_logprobs = (policy_logprobs(net, batch, cfg.temperature)[0]
+                                      for net in (model, reference))
+            kl = (logprobs - ref_logprobs).sum(1)
+        return torch.stack([scores, kl], 1).tolist()
+    measured = map_by_length(measure, list(zip(rows, replies)), microbatch_size(cfg),
+                             length=lambda pair: len(pair[0]["ids"]) + len(pair[1]))
+    return [tokenizer.decode(reply) for reply in replies], *torch.tensor([*zip(*measured)])
 
 
 def gold(rows, replies):
-    """The share of replies that are good; None unless every row has a check."""
-    return sum(map(is_good, rows, replies)) / len(rows) if all("check" in row for row in rows) else None
+    """The share of replies that pass their check; None unless every row has one."""
+    return sum(map(passes_check, rows, replies)) / len(rows) if all("check" in row for row in rows) else None
 
 
 def win_rate(ours, theirs):
@@ -346,16 +425,16 @@ def win_rate(ours, theirs):
 def evaluate(models, rows, tokenizer, cfg):
     """Held-out prompts: stage 1, stage 1's best of n by the same reward model, and the policy. Gold where
     there are checks; who wins is decided by gold, or by the learned score where there is none."""
-    actor, reference, _, reward_model = models
-    before, before_scores, _ = judge(reference, reference, reward_model, rows, tokenizer, cfg, cfg.seed + 1)
-    after, after_scores, kl = judge(actor, reference, reward_model, rows, tokenizer, cfg, cfg.seed + 2)
+    answers = lambda model, rows, seed: evaluate_policy(model, models.reference, models.reward_model, rows,
+                                                        tokenizer, cfg, seed)
+    before, before_scores, _ = answers(models.reference, rows, cfg.seed + 1)
+    after, after_scores, kl = answers(models.actor, rows, cfg.seed + 2)
     n = cfg.best_of_n
-    many, many_scores, _ = judge(reference, reference, reward_model, [row for row in rows for _ in range(n)],
-                                 tokenizer, cfg, cfg.seed + 3)
+    many, many_scores, _ = answers(models.reference, [row for row in rows for _ in range(n)], cfg.seed + 3)
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
-    judged = lambda replies: torch.tensor([float(is_good(*pair)) for pair in zip(rows, replies)])
+    passed = lambda replies: torch.tensor([float(passes_check(*pair)) for pair in zip(rows, replies)])
     has_gold = gold(rows, before) is not None
-    rate, low, high = win_rate(*(map(judged, (after, before)) if has_gold else (after_scores, before_scores)))
+    rate, low, high = win_rate(*(map(passed, (after, before)) if has_gold else (after_scores, before_scores)))
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]
@@ -370,48 +449,34 @@ def evaluate(models, rows, tokenizer, cfg):
 
 # --- training -----------------------------------------------------------------------------------------------
 
-def check(cfg):
-    check_common(cfg)
-    for name in ("minibatch", "epochs", "best_of_n", "eval_prompts"):
-        require(getattr(cfg, name) >= 1, f"--{name}={getattr(cfg, name)}: at least 1.")
-    require(cfg.batch % cfg.minibatch == 0,
-            f"--batch={cfg.batch} does not divide by --minibatch={cfg.minibatch}.")
-    require(cfg.minibatch % WORLD == 0, f"--minibatch={cfg.minibatch} does not divide by {WORLD} processes.")
-    require(cfg.microbatch == 0 or cfg.minibatch % cfg.microbatch == 0,
-            f"--minibatch={cfg.minibatch} does not divide by --microbatch={cfg.microbatch}.")
+def check_ppo_flags(cfg):
+    check_flags(cfg)
     require(0 < cfg.max_new_tokens < cfg.block_size,
             f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
             f"--block_size={cfg.block_size}.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
-    for name in ("score_clip", "clip", "value_clip"):
-        require(getattr(cfg, name) > 0, f"--{name}={getattr(cfg, name)}: above 0.")
-    for name in ("kl_coef", "kl_target", "value_coef", "ptx_coef", "missing_eos_penalty"):
-        require(getattr(cfg, name) >= 0, f"--{name}={getattr(cfg, name)}: at least 0.")
-    for name in ("gamma", "lam"):
-        require(0 <= getattr(cfg, name) <= 1, f"--{name}={getattr(cfg, name)}: from 0 to 1.")
 
 
 def load_prompts(cfg, tokenizer):
     """-> (train rows, val rows), each with its `ids`."""
-    room = cfg.block_size - cfg.max_new_tokens
+    max_prompt_tokens = cfg.block_size - cfg.max_new_tokens
     out, trimmed = prepare.load(cfg.data, "prompts"), 0
-    for rows in out:
-        for row in rows:
-            full = len(tokenizer.prompt(row["prompt"], 10**9))
-            row["ids"], trimmed = tokenizer.prompt(row["prompt"], room), trimmed + (full > room)
+    for row in out[0] + out[1]:
+        ids = tokenizer.prompt(row["prompt"], 10**9)  # uncut
+        row["ids"], trimmed = ids[-max_prompt_tokens:], trimmed + (len(ids) > max_prompt_tokens)
     require(out[0], f"{cfg.data}: no prompts.")
     require(cfg.reward != "check" or all("check" in row for row in out[0]),
             f"--reward=check: some prompts of {cfg.data} have no \"check\".")
     print(f"{len(out[0]):,} prompts, {len(out[1]):,} held out; "
-          f"{trimmed} longer than {room} tokens lost their beginning")
+          f"{trimmed} longer than {max_prompt_tokens} tokens lost their beginning")
     return out
 
 
 def load_models(cfg, device, dtype):
-    """-> (actor, reference, critic, reward model or None), tokenizer. The reference is the actor's twin, the
-    reward model the critic's: with LoRA four models stand on two trunks."""
+    """-> (Models, tokenizer). Reference and reward model are frozen copies of actor and critic, taken before
+    these learn: with LoRA four models share two sets of weights."""
     actor, tokenizer = make_model(cfg, GPT, device, dtype)
-    if cfg.reward == "check" or cfg.dry_run:  # the critic starts from stage 1, expecting nothing
+    if cfg.reward == "check" or cfg.dry_run:  # the critic starts from stage 1 and predicts 0
         critic = Scorer(actor.cfg).to(dtype)
         state = {name: p for name, p in actor.state_dict().items() if "lora" not in name}
         critic.load_state_dict(state | {"score.weight": torch.zeros_like(critic.score.weight)})
@@ -423,27 +488,29 @@ def load_models(cfg, device, dtype):
                 f"{actor.cfg.tokenizer} tokens. Train the reward model with --init={cfg.init}.")
         require(cfg.block_size <= critic.cfg.n_positions,
                 f"--block_size={cfg.block_size}: {cfg.reward} has {critic.cfg.n_positions} positions.")
-    place(critic, cfg, device)
-    return (actor, twin(actor), critic, None if cfg.reward == "check" else twin(critic)), tokenizer
+    setup_training(critic, cfg, device)
+    reward_model = None if cfg.reward == "check" else frozen_copy(critic)
+    return Models(actor, frozen_copy(actor), critic, reward_model), tokenizer
 
 
-def optimizers_of(models, cfg):
-    return [adamw(model, cfg, eps=1e-5) for model in (models[0], models[2])]
+def make_optimizers(models, cfg):
+    """-> {"actor": its optimizer, "critic": its optimizer}."""
+    return {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in ("actor", "critic")}
 
 
-def iteration(cfg, device, dtype):
+def dry_iteration(cfg, device, dtype):
     """One rollout and its update with every prompt and every reply at full length, for a dry run."""
     models, tokenizer = load_models(cfg, device, dtype)
-    optimizers, T = optimizers_of(models, cfg), cfg.block_size
+    optimizers, T = make_optimizers(models, cfg), cfg.block_size
     rows = [{"ids": [0] * (T - cfg.max_new_tokens), "check": ""}] * cfg.batch
-    batch = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
-    update(0, batch, models, optimizers, cfg.lr, [([0] * T, [0] * T)], cfg)
+    batch, first_pass = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
+    update(0, batch, first_pass, models, optimizers, cfg.lr, [([0] * T, [0] * T)], cfg)
 
 
 def main(cfg):
-    check(cfg)
+    check_ppo_flags(cfg)
     if cfg.dry_run:
-        return rehearse(cfg, iteration)
+        return run_dry(cfg, dry_iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     models, tokenizer = load_models(cfg, device, dtype)
     for model in filter(None, models):
@@ -454,40 +521,29 @@ def main(cfg):
     print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} gradient "
           f"steps x {cfg.epochs} epochs, {cfg.steps} times")
 
-    run, kl_coef = Run(cfg), cfg.kl_coef
-    optimizers = optimizers_of(models, cfg)
+    run, kl_coef, say = Run(cfg), cfg.kl_coef, tqdm.write
+    optimizers = make_optimizers(models, cfg)
     if run.state:
-        for name, adam in zip(("actor", "critic"), optimizers):
-            adam.load_state_dict(run.state[name])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(run.state[name])
         kl_coef = run.state["kl_coef"]
-    say = tqdm.write
     with run:
         for step in run.steps("ppo"):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, (0,) * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # neighbours need little padding
-            batch = rollout(step, rows, models, tokenizer, cfg, kl_coef)
+            batch, first_pass = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):
                 trace(batch, tokenizer)
-            lr = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
-            total, first_ratio = update(step, batch, models, optimizers, lr, demonstrations, cfg)
+            lr = linear_lr(step, cfg)
+            log = update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
 
-            done, mask = step + 1, batch["mask"]
-            log = {name: total[name] / total["updates"] for name in total if name not in ("updates", "ratio")}
-            gap = batch["logprobs"] - batch["ref_logprobs"]
-            residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
-            variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
-            replies = texts(batch, tokenizer)
-            log |= {"score": batch["scores"].mean().item(), "kl": gap.sum(1).mean().item(),
-                    "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
-                    "entropy": masked_mean(batch["entropy"], mask).item(), "ratio_first": first_ratio,
-                    "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
-                    "eos_rate": batch["ended"].float().mean().item(),
-                    "response_length": mask.sum(1).float().mean().item(), "kl_coef": kl_coef, "lr": lr,
-                    "updates": total["updates"], "tokens_per_s": mask.sum().item() / (time.time() - clock),
-                    "seconds": time.time() - run.clock, "memory_gb": memory_gb(device),
-                    "gold": gold(rows, replies)}
-            kl_coef = adapt(kl_coef, log["kl"], cfg)
+            done, replies = step + 1, texts(batch, tokenizer)
+            log |= rollout_statistics(batch) | {
+                "gold": gold(rows, replies), "kl_coef": kl_coef, "lr": lr,
+                "tokens_per_s": batch["mask"].sum().item() / (time.time() - clock),
+                "seconds": time.time() - run.clock, "memory_gb": memory_gb(device)}
+            kl_coef = update_kl_coef(kl_coef, log["kl"], cfg)
             if done % cfg.log_every == 0 or done == cfg.steps:
                 good = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
                 say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {good}kl {log['kl']:.2f} | "
@@ -496,14 +552,14 @@ def main(cfg):
                     f"length {log['response_length']:.1f} | {log['tokens_per_s']:,.0f} tok/s | "
                     f"{log['memory_gb']:.2f} GB")
                 run.log(step=done, **log)
-            for complaint in complaints(log, dtype):
-                say(f"    warning: {complaint}")
+            for warning in health_warnings(log, dtype):
+                say(f"    warning: {warning}")
             if done % cfg.eval_every == 0:
-                for i in range(0, len(rows), -(-len(rows) // 3)):
+                for i in range(0, len(rows), math.ceil(len(rows) / 3)):  # a short, a middling, a long prompt
                     say(f"    {rows[i]['prompt'][-1]['content'][-200:]!r} -> {replies[i]!r} "
-                        f"(score {batch['scores'][i]:+.2f}, kl {gap[i].sum():.2f})")
+                        f"(score {batch['scores'][i]:+.2f}, kl {batch['kl'][i].sum():.2f})")
             if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
-                run.save(done, models[0], actor=optimizers[0], critic=optimizers[1], kl_coef=kl_coef)
+                run.save(done, *exported(models.actor), **optimizers, kl_coef=kl_coef)
                 run.stop_if_interrupted()
 
     summary = evaluate(models, val[:cfg.eval_prompts], tokenizer, cfg) if val else {}

@@ -1,4 +1,4 @@
-"""Stage 2, the reward model: learn from pairs of replies which one people prefer.
+"""Stage 2, the reward model: learn from pairs which reply people prefer.
 
     python reward.py                                # bundled data, starts from out/sft
 
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from memory import QUIET, RANK, WORLD, phase, shard, spread, summed
-from model import (GPT, Run, Scorer, adamw, batch_at, check_common, cosine, generate_many, load_model,
-                   make_model, memory_gb, pad, parse_flags, pick_device, place, rehearse,
-                   require)
+from data.batches import batch_at, map_by_length, pad
+from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
+from model import (GPT, Scorer, exported, generate_many, load_model, make_model, make_optimizer,
+                   setup_training)
 
 
 @dataclass(slots=True)
@@ -53,8 +54,8 @@ class Config:
 
 # --- data ---------------------------------------------------------------------------------------------------
 
-def encode(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the dialogue, cut to block_size from the left, so the reply stays."""
+def encode_pair(row, tokenizer, block_size):
+    """-> (chosen, rejected): ids of the two dialogues, cut to block_size from the left, from the prompt."""
     dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}]
                  for side in ("chosen", "rejected"))
     return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
@@ -65,7 +66,7 @@ def load_pairs(cfg, tokenizer):
     out = []
     for rows in prepare.load(cfg.data, "preferences"):
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
-            row["ids"] = encode(row, tokenizer, cfg.block_size)
+            row["ids"] = encode_pair(row, tokenizer, cfg.block_size)
         # dialogues that differ only in what was cut off are a tie, too
         out.append([row for row in rows if row["ids"][0] != row["ids"][1]])
         if len(out[-1]) < len(rows):
@@ -78,53 +79,50 @@ def load_pairs(cfg, tokenizer):
 # --- mathematics --------------------------------------------------------------------------------------------
 
 def score(model, rows, device):
-    """Lists of ids -> the score at each one's last real token, float32 (B,)."""
+    """Lists of ids -> the score at the last token of each, float32 (B,)."""
     lengths = torch.tensor([len(ids) for ids in rows]).to(device)
     return model.last(pad(rows).to(device), lengths)
 
 
-def pair_scores(model, pairs, device):
+def score_pairs(model, pairs, device):
     """[(chosen ids, rejected ids), ...] -> (score(chosen), score(rejected)), each float32 (B,)."""
-    return score(model, [ids for pair in zip(*pairs) for ids in pair], device).chunk(2)
+    chosen, rejected = zip(*pairs)
+    return score(model, chosen + rejected, device).chunk(2)
 
 
-def margins(model, pairs, device):
-    """[(chosen ids, rejected ids), ...] -> score(chosen) - score(rejected), float32 (B,)."""
-    chosen, rejected = pair_scores(model, pairs, device)
-    return chosen - rejected
-
-
-# A constant that a prompt adds to both scores cancels in the loss, but PPO clips scores: keep it small.
+# What a prompt adds to the scores of both replies cancels in the loss, but PPO clips scores: keep it small.
 CENTER = 0.01
 
 
 def bradley_terry(chosen, rejected):
-    """Scores, each (B,) -> (loss, the square of what a pair's scores have in common), both summed.
+    """Scores, each (B,) -> (-log sigmoid(chosen - rejected), (chosen + rejected)^2), both summed.
 
-    The second, weighted with CENTER, keeps scores centred: Eisenstein et al. 2023, arXiv:2312.09244, sec. 2.
+    The second, times CENTER, keeps scores near 0: Eisenstein et al. 2023, arXiv:2312.09244, sec. 2.
     """
     return -F.logsigmoid(chosen - rejected).sum(), (chosen + rejected).square().sum()
 
 
 @torch.no_grad()
-def all_margins(model, rows, device, size):
-    """margins() of many rows, in their order, as a tensor on the CPU."""
-    order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i]["ids"])))
-    part = lambda i: margins(model, [rows[j]["ids"] for j in order[i:i + size]], device).cpu()
-    out = torch.empty(len(rows))
-    out[order] = torch.cat(spread(part, range(0, len(order), size)))
-    return out
+def evaluate_margins(model, rows, device, size):
+    """score(chosen) - score(rejected) of each row, float32 on the CPU."""
+    def margins(pairs, _):
+        chosen, rejected = score_pairs(model, pairs, device)
+        return (chosen - rejected).tolist()
+    pairs = [row["ids"] for row in rows]
+    return torch.tensor(map_by_length(margins, pairs, size, length=lambda pair: max(map(len, pair))))
 
 
 def accuracy_table(rows, margin):
-    """-> {skill: (pairs, accuracy, ceiling)} with "all" last. Ceiling: what the raters' taste itself gets
-    right on the same labels, None unless the data say how sure the raters were of each pair ("agreement")."""
-    groups = defaultdict(list)
+    """-> {skill: (pairs, accuracy, ceiling)} with "all" last.
+
+    A row's "agreement" is the probability that a rater chooses as its label says. Labels are noisy: a model
+    that knows the raters' taste exactly is right where that is above 1/2: the ceiling (None if not known).
+    """
+    groups, table = defaultdict(list), {}
     for i, row in enumerate(rows):
         groups[row.get("skill", "")].append(i)
-    groups = {skill: groups[skill] for skill in sorted(groups) if skill} | {"all": range(len(rows))}
-    table = {}
-    for skill, members in groups.items():
+    groups.pop("", None)
+    for skill, members in [*sorted(groups.items()), ("all", range(len(rows)))]:
         known = all("agreement" in rows[i] for i in members)
         ceiling = sum(rows[i]["agreement"] > 0.5 for i in members) / len(members) if known else None
         table[skill] = len(members), (margin[list(members)] > 0).float().mean().item(), ceiling
@@ -132,7 +130,7 @@ def accuracy_table(rows, margin):
 
 
 def calibration(margin, bins=5):
-    """-> [(pairs, predicted, observed)] by confidence: is what it is p sure of right in p of cases?"""
+    """-> [(pairs, predicted, observed)] by confidence: is a ranking of probability p right in p of cases?"""
     confidence, right = margin.abs().sigmoid(), (margin > 0).float()
     edges = torch.linspace(0.5, 1, bins + 1)
     which = torch.bucketize(confidence, edges[1:-1])
@@ -146,54 +144,54 @@ def report(rows, margin):
     print(f"{'skill':20} {'pairs':>6} {'accuracy':>9} {'ceiling':>8}")
     for skill, (n, accuracy, ceiling) in table.items():
         print(f"{skill:20} {n:6} {accuracy:9.3f} {'unknown' if ceiling is None else f'{ceiling:.3f}':>8}")
-    print("confidence: " + ", ".join(f"{p:.2f} -> right {o:.2f} ({n} pairs)" for n, p, o in bins))
+    print("confidence: " + ", ".join(f"{predicted:.2f} -> right {observed:.2f} ({n} pairs)"
+                                     for n, predicted, observed in bins))
     return *table["all"][1:], bins
 
 
-def mean_score(model, cfg, tokenizer, device, dtype, n=512):
-    """The average score of stage 1's replies; None where there is no stage 1 to ask, or no prompt."""
+@torch.no_grad()
+def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
+    """The average score of --init's own replies; None if it is scratch, or if there are no prompts."""
     prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
     if cfg.init == "scratch" or not prompts:
         return None
     sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
-    shard(place(sft, replace(cfg, lora_rank=0), device), device)
+    shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # where its weights fit
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
-    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed,
-                            cfg.microbatch or 4 * cfg.batch)
+    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
-    with torch.no_grad():
-        scores = spread(lambda i: score(model, rows[i:i + cfg.batch], device), range(0, len(rows), cfg.batch))
-    return torch.cat(scores).mean().item()
+    scores = map_by_length(lambda rows, _: score(model, rows, device).tolist(), rows, cfg.batch)
+    return torch.tensor(scores).mean().item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 def learn(model, batch, cfg, device):
-    """Gradients of the mean loss over a batch of pairs of ids -> (that mean, pairs ranked right)."""
-    loss, right, size = 0.0, 0, cfg.microbatch or cfg.batch
-    mine = batch[RANK::WORLD]
+    """Gradients of the mean of loss + CENTER * penalty over a batch of pairs of ids -> (the mean loss alone,
+    how many pairs are ranked right)."""
+    loss, right, size, mine = 0.0, 0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
     for i in range(0, len(mine), size):
-        chosen, rejected = pair_scores(model, mine[i:i + size], device)
-        part, penalty = bradley_terry(chosen, rejected)
-        ((part + CENTER * penalty) / len(batch)).backward()
-        loss += part.item() / len(batch)
+        chosen, rejected = score_pairs(model, mine[i:i + size], device)
+        pair_loss, penalty = bradley_terry(chosen, rejected)
+        ((pair_loss + CENTER * penalty) / len(batch)).backward()
+        loss += pair_loss.item() / len(batch)
         right += (chosen > rejected).sum().item()
-    return summed(loss, right)
+    return all_reduce_sum(loss, right)
 
 
-def iteration(cfg, device, dtype):
+def dry_iteration(cfg, device, dtype):
     """One step at full length, for a dry run."""
     model, _ = make_model(cfg, Scorer, device, dtype)
-    optimizer = adamw(model, cfg)
+    optimizer = make_optimizer(model, cfg)
     phase("update")
     learn(model, [([0] * cfg.block_size,) * 2] * cfg.batch, cfg, device)
     optimizer.step(cfg.lr, cfg.grad_clip)
 
 
 def main(cfg):
-    check_common(cfg)
+    check_flags(cfg)
     if cfg.dry_run:
-        return rehearse(cfg, iteration)
+        return run_dry(cfg, dry_iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, Scorer, device, dtype)
     shard(model, device)
@@ -203,7 +201,7 @@ def main(cfg):
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
     run = Run(cfg)
-    optimizer = adamw(model, cfg, betas=(0.9, 0.95))
+    optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
@@ -212,8 +210,8 @@ def main(cfg):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, device)
             right += correct
-            run.check(step, loss)
-            lr = cosine(step, cfg)
+            run.check_loss(step, loss)
+            lr = cosine_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             seen += sum(len(ids) for pair in batch for ids in pair)
             recent += len(batch)
@@ -227,22 +225,22 @@ def main(cfg):
                 run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
                         seconds=time.time() - run.clock, memory_gb=memory_gb(device))
             if val and done % cfg.eval_every == 0 and done < cfg.steps:
-                accuracy = (all_margins(model, val, device, size) > 0).float().mean().item()
+                accuracy = (evaluate_margins(model, val, device, size) > 0).float().mean().item()
                 say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
                 run.log(step=done, val_accuracy=accuracy)
                 clock, seen = time.time(), 0
             if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
-                run.save(done, model, optimizer=optimizer)
+                run.save(done, *exported(model), optimizer=optimizer)
                 run.stop_if_interrupted()
 
     accuracy = ceiling = None
     if val:
-        accuracy, ceiling, bins = report(val, all_margins(model, val, device, size))
+        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, device, size))
         run.log(step=cfg.steps, calibration=bins)
-    offset = mean_score(model, cfg, tokenizer, device, dtype)
+    offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:
         model.shift(-offset)
-        run.save_model(model)
+        run.save_model(*exported(model))
         print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
     return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling)
 

@@ -5,7 +5,7 @@ text).
     python sft.py --data=book.txt                   # pre-training on any text
 
 Reads sft.jsonl and prompts.val.jsonl of --data; writes the model, log.jsonl and state.pt to --out.
-The loss is the negative log-likelihood of what the assistant says, <|end|> included, and of nothing else.
+The loss is the negative log-likelihood of what the assistant says, <|end|> included (of text, of all of it).
 """
 import math
 import time
@@ -15,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from data import prepare
-from memory import QUIET, RANK, WORLD, phase, shard, spread, summed
-from model import (GPT, Run, adamw, batch_at, check_common, cosine, encode_demonstration, generate_many,
-                   gold_score, make_model, memory_gb, negative_log_likelihood, parse_flags, pick_device,
-                   rehearse, require)
+from data.batches import batch_at, map_by_length
+from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from data.tokenizer import encode_demonstration
+from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
+from model import (GPT, exported, generate_many, gold_score, make_model, make_optimizer,
+                   negative_log_likelihood)
 
 
 @dataclass(slots=True)
@@ -53,75 +55,75 @@ class Config:
 
 # --- data ---------------------------------------------------------------------------------------------------
 
+def count_targets(examples):
+    return sum(t >= 0 for _, targets in examples for t in targets)  # -1: nothing to learn there
+
+
 def load_examples(cfg, tokenizer):
-    train, val = prepare.load(cfg.data, "sft")
-    out = []
-    for rows in (train, val):
-        examples = [e for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET)
-                    for e in encode_demonstration(row, tokenizer, cfg.block_size)]
-        usable = [(idx, targets) for idx, targets in examples if max(targets) >= 0]
-        if len(usable) < len(examples):
-            print(f"dropped {len(examples) - len(usable)} rows with nothing to learn from")
-        out.append(usable)
-    require(out[0], f"{cfg.data}: no row has anything to learn from at --block_size={cfg.block_size}.")
-    tokens = sum(len(idx) for idx, _ in out[0])
-    learned = sum(t >= 0 for _, targets in out[0] for t in targets)
-    print(f"{len(out[0]):,} rows, {tokens:,} tokens, {100 * learned / tokens:.0f} % of them with a loss; "
-          f"{len(out[1]):,} rows held out")
-    return *out, sum(len(row["text"]) for row in val) if val and all("text" in row for row in val) else 0
+    """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""
+    splits, encoded = prepare.load(cfg.data, "sft"), []
+    for rows in splits:
+        examples = [example for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET)
+                    for example in encode_demonstration(row, tokenizer, cfg.block_size)]
+        encoded.append([example for example in examples if count_targets([example])])
+        if len(encoded[-1]) < len(examples):
+            print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")
+    train, val = encoded
+    require(train, f"{cfg.data}: no row has anything to learn from at --block_size={cfg.block_size}.")
+    tokens, learned = sum(len(idx) for idx, _ in train), count_targets(train)
+    print(f"{len(train):,} rows, {tokens:,} tokens, {100 * learned / tokens:.0f} % of them with a loss; "
+          f"{len(val):,} rows held out")
+    is_text = all("text" in row for row in splits[1])
+    return train, val, sum(len(row["text"]) for row in splits[1]) if is_text else 0
 
 
 # --- mathematics --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, examples, cfg, device):
+def validate(model, val, cfg, device):
     """-> (the sum of -log p over all held-out targets in nats, their number)."""
-    rows, size = sorted(examples, key=lambda e: len(e[0])), cfg.microbatch or cfg.batch
-
-    def part(i):
-        nll, n = negative_log_likelihood(model, rows[i:i + size], device)
-        return nll.item(), n
-    return tuple(map(sum, zip(*spread(part, range(0, len(rows), size)))))
+    nll_of = lambda examples, _: negative_log_likelihood(model, examples, device)[0].sum(1).tolist()
+    nll = map_by_length(nll_of, val, cfg.microbatch or cfg.batch, length=lambda example: len(example[0]))
+    return sum(nll), count_targets(val)
 
 
-def samples(model, tokenizer, prompts, val, cfg, say, n=4):
-    """Print what the model says to a few held-out prompts, or how it goes on with held-out text."""
-    room = cfg.block_size // 2
-    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], room))
+def print_samples(model, tokenizer, prompts, val, cfg, n=4):
+    """What the model says to a few held-out prompts, or how it goes on with held-out text."""
+    half = cfg.block_size // 2
+    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], half))
              for row in prompts[:n]]
-    shown = shown or [(tokenizer.decode(idx[:room // 2]), idx[:room // 2]) for idx, _ in val[:n]]
-    replies = generate_many(model, [ids for _, ids in shown], room, tokenizer.end, cfg.seed, cfg.batch)
-    for (question, _), reply in zip(shown, replies):
-        say(f"    {question!r} -> {tokenizer.decode(reply)!r}")
+    shown = shown or [(tokenizer.decode(idx[:half // 2]), idx[:half // 2]) for idx, _ in val[:n]]
+    replies = generate_many(model, [ids for _, ids in shown], half, tokenizer.end, cfg.seed, cfg.batch)
+    for (text, _), reply in zip(shown, replies):
+        tqdm.write(f"    {text!r} -> {tokenizer.decode(reply)!r}")
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 def learn(model, batch, cfg, device):
     """Gradients of the mean loss over a batch of (idx, targets); returns that mean."""
-    n, loss, size = sum(t >= 0 for _, targets in batch for t in targets), 0.0, cfg.microbatch or cfg.batch
-    mine = batch[RANK::WORLD]
+    loss, size, mine = 0.0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
+    n = count_targets(batch)  # of the whole batch: neither micro-batches nor processes change the gradient
     for i in range(0, len(mine), size):
-        # Divided by the targets of the whole batch: the micro-batch size cannot change the gradient.
-        part = negative_log_likelihood(model, mine[i:i + size], device)[0] / n
-        part.backward()
-        loss += part.item()
-    return summed(loss)[0]
+        microbatch_loss = negative_log_likelihood(model, mine[i:i + size], device)[0].sum() / n
+        microbatch_loss.backward()
+        loss += microbatch_loss.item()
+    return all_reduce_sum(loss)[0]
 
 
-def iteration(cfg, device, dtype):
+def dry_iteration(cfg, device, dtype):
     """One step at full length, for a dry run."""
     model, _ = make_model(cfg, GPT, device, dtype)
-    optimizer = adamw(model, cfg)
+    optimizer = make_optimizer(model, cfg)
     phase("update")
     learn(model, [([0] * cfg.block_size, [0] * cfg.block_size)] * cfg.batch, cfg, device)
     optimizer.step(cfg.lr, cfg.grad_clip)
 
 
 def main(cfg):
-    check_common(cfg)
+    check_flags(cfg)
     if cfg.dry_run:
-        return rehearse(cfg, iteration)
+        return run_dry(cfg, dry_iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer = make_model(cfg, GPT, device, dtype)
     shard(model, device)
@@ -132,20 +134,19 @@ def main(cfg):
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
     run = Run(cfg)
-    optimizer = adamw(model, cfg, betas=(0.9, 0.95))
+    optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen = tqdm.write, time.time(), 0
     if not run.start and val:
         nll, n = validate(model, val, cfg, device)
-        say(f"before training: val_loss {nll / n:.4f} "
-            f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
+        say(f"before training: val_loss {nll / n:.4f} (ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
         for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, cfg, device)
-            run.check(step, loss)
-            lr = cosine(step, cfg)
+            run.check_loss(step, loss)
+            lr = cosine_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             seen += sum(len(idx) for idx, _ in batch)
 
@@ -160,23 +161,22 @@ def main(cfg):
             if done % cfg.eval_every == 0 and done < cfg.steps:
                 if val:
                     nll, n = validate(model, val, cfg, device)
-                    val_loss = nll / n
-                    say(f"step {done:5}/{cfg.steps} | val_loss {val_loss:.4f}")
-                    run.log(step=done, val_loss=val_loss)
-                samples(model, tokenizer, prompts, val, cfg, say)
+                    say(f"step {done:5}/{cfg.steps} | val_loss {nll / n:.4f}")
+                    run.log(step=done, val_loss=nll / n)
+                print_samples(model, tokenizer, prompts, val, cfg)
                 clock, seen = time.time(), 0
             if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
-                run.save(done, model, optimizer=optimizer)
+                run.save(done, *exported(model), optimizer=optimizer)
                 run.stop_if_interrupted()
 
-    nll, n = validate(model, val, cfg, device) if val else (math.nan, 1)
-    final = {"val_loss": nll / n if val else None,
-             "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed,
-                                cfg.microbatch or 4 * cfg.batch)}
+    nll, n = validate(model, val, cfg, device) if val else (None, None)
+    summary = {"val_loss": nll / n if val else None,
+               "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed,
+                                  cfg.microbatch or 4 * cfg.batch)}
     if val_characters:
-        final["val_loss_per_character"] = nll / val_characters
-    samples(model, tokenizer, prompts, val, cfg, say, n=8)
-    return run.finish(cfg.steps, **final)
+        summary["val_loss_per_character"] = nll / val_characters
+    print_samples(model, tokenizer, prompts, val, cfg, n=8)
+    return run.finish(cfg.steps, **summary)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,195 @@
-"""GPT-2's weights from the Hugging Face hub: found in its local cache, or downloaded there.
+"""Weights in the Hugging Face hub's GPT-2 layout, in and out.
 
-HF_HOME (or HF_HUB_CACHE) names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 forbids
-to ask.
+    config, tensors = read(folder)       # any GPT-2 folder, in our names and orientation
+    write(folder, config, tensors)       # config.json, model.safetensors, the tokenizer's files
+    folder = find("gpt2")                # in the hub's local cache, or downloaded there
+
+config: {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "tokenizer"}. tensors: {name: tensor};
+our names are the hub's without "transformer.", our matrices (out, in) where the hub's are (in, out). HF_HOME
+or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 forbids to ask.
 """
 import hashlib
 import http.client
+import json
+import math
 import mmap
 import os
+import re
+import struct
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+from data.tokenizer import VOCAB_SIZE, Tokenizer, tokenizer_files
+
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+         "gpt2-xl": (48, 25, 1600)}  # n_layer, n_head, n_embd of the hub's models
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def write_file(path, write):
+    """write(temporary path), then rename: a kill or a full disk leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path}: could not be written ({error}). The last good checkpoint is untouched; "
+                         f"free some space and go on with --resume.") from None
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "U8": torch.uint8}
+
+
+def write_safetensors(path, tensors):
+    """8 bytes of header length, a JSON header, raw bytes: https://huggingface.co/docs/safetensors"""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        dtype = next(k for k, v in DTYPES.items() if v == t.dtype)
+        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for t in tensors.values():
+            f.write(t.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path):
+    """{name: tensor}, memory-mapped: nothing is read before it is used."""
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        return {name: torch.frombuffer(data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]),
+                                       offset=start + t["data_offsets"][0]).view(t["shape"])
+                for name, t in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError) as error:
+        raise SystemExit(f"{path}: not a readable safetensors file ({error}).") from None
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise SystemExit(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path}: not a JSON object.")
+    return value
+
+
+# --- a folder in the hub's layout ---------------------------------------------------------------------------
+
+# matrices that the hub stores as (in, out)
+TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+
+
+def write(folder, config, tensors):
+    """For transformers to read as GPT2LMHeadModel, with a "score.weight" as GPT2ForSequenceClassification."""
+    scorer, tokenizer = "score.weight" in tensors, Tokenizer(config["tokenizer"])
+    written = {"model_type": "gpt2",
+               "architectures": ["GPT2ForSequenceClassification" if scorer else "GPT2LMHeadModel"],
+               "vocab_size": config["vocab_size"], "n_positions": config["n_positions"],
+               "n_ctx": config["n_positions"], "n_layer": config["n_layer"], "n_head": config["n_head"],
+               "n_embd": config["n_embd"],
+               "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": tokenizer.name,
+               "bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    # transformers reads the score at the last token that is not padding: padding must not be <|end|>
+    written |= {"num_labels": 1, "pad_token_id": tokenizer.user} if scorer else {}
+    hub_tensors = {name if name.startswith("score.") else f"transformer.{name}":
+                   t.T if name.endswith(TRANSPOSED) else t for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "model.safetensors", lambda path: write_safetensors(path, hub_tensors))
+    files = {"config.json": written, **tokenizer_files(tokenizer.name, config["n_positions"])}
+    for name, content in files.items():
+        write_file(folder / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read(folder):
+    """-> (config, tensors) of a GPT-2 in whichever way the hub stores it: whole, sharded, pytorch_model.bin,
+    in 32 or 16 bits.
+
+    A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old.
+    SystemExit with file and remedy if it is not there, damaged, or another architecture.
+    """
+    folder = Path(folder)
+    config, stored, tensors = read_config(folder), read_tensors(folder), {}
+    head = stored.get("lm_head.weight")
+    embedding = stored.get("transformer.wte.weight", stored.get("wte.weight"))
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise SystemExit(f"{folder}: lm_head.weight differs from wte.weight; only GPT-2's tied head is known "
+                         "here.")
+    for name, t in stored.items():
+        name = name.removeprefix("transformer.")
+        if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
+            continue  # the causal mask as a buffer (not c_attn.bias!); the tied head
+        if name == "wte.weight" and len(t) < config["vocab_size"]:
+            mean = t.float().mean(0, keepdim=True).to(t.dtype)
+            t = torch.cat([t, mean.expand(config["vocab_size"] - len(t), -1)])
+        tensors[name] = t.T if name.endswith(TRANSPOSED) else t
+    return config, tensors
+
+
+def read_config(folder):
+    """-> config alone: no weight is read."""
+    folder = Path(folder)
+    files = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+    if not (folder / "config.json").exists() or not any((folder / file).exists() for file in files):
+        script = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
+        remedy = f'Run "python {script}" first.' if script else \
+            "It should hold config.json and model.safetensors."
+        raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
+    stored = read_json(folder / "config.json")
+    kind, activation = stored.get("model_type"), stored.get("activation_function", "gelu_new")
+    if kind != "gpt2" or activation not in ("gelu_new", "gelu_pytorch_tanh"):  # two names of one function
+        raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {kind} with {activation}.")
+    tokenizer = stored.get("tokenizer", "gpt2")
+    if tokenizer not in VOCAB_SIZE:
+        raise SystemExit(f"{folder}: tokenizer {tokenizer} is unknown; tiny and gpt2 are there.")
+    sizes = {name: stored.get(name) for name in ("n_positions", "n_layer", "n_head", "n_embd")}
+    if not all(isinstance(n, int) and 0 < n < 10**6 for n in sizes.values()) \
+            or sizes["n_embd"] % sizes["n_head"]:
+        raise SystemExit(f"{folder}/config.json: {sizes}: not a GPT-2's sizes.")
+    # a layer has 12 n_embd^2 weights, of at least 2 bytes; a damaged config.json could ask for terabytes
+    bytes_there = sum(f.stat().st_size for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
+    if 2 * 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 > bytes_there:
+        raise SystemExit(f"{folder}: {sizes['n_layer']} layers of width {sizes['n_embd']} (config.json) are "
+                         "more than model.safetensors holds.")
+    return {"vocab_size": VOCAB_SIZE[tokenizer], **sizes, "tokenizer": tokenizer}
+
+
+def read_tensors(folder):
+    """-> {name: tensor} as stored."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise SystemExit(f"{index}: no weight_map from keys to files.")
+        shards = [read_safetensors(folder / Path(file).name) for file in sorted(set(files.values()))]
+        return {name: t for shard in shards for name, t in shard.items()}
+    try:
+        return torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle's are many
+        raise SystemExit(f"{folder}/pytorch_model.bin: not readable without running its code "
+                         f"({type(error).__name__}).") from None
+
+
+# --- downloads ----------------------------------------------------------------------------------------------
 
 BY_HAND = """{error}
 Without the hub: put config.json and model.safetensors of https://huggingface.co/openai-community/{name}
@@ -20,7 +197,7 @@ into a folder and give that folder in place of {name}. (HF_HOME names the cache,
 HF_TOKEN an account.)"""
 
 
-def hub_folder(name):
+def find(name):
     """A model of the hub by name -> its folder in the hub's local cache, downloaded if it is not there."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
     cache = Path(os.environ.get("HF_HUB_CACHE") or cache)

@@ -336,7 +336,7 @@ class Writer:
 
 def token_counter():
     sys.path.append(str(Path(__file__).parent.parent))
-    from model import Tokenizer  # takes seconds, and is needed for --max_tokens only
+    from data.tokenizer import Tokenizer  # GPT-2's encoding may be a download: for --max_tokens only
     encode = Tokenizer("gpt2").encode
 
     def count(row):

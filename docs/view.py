@@ -1,9 +1,9 @@
 """Draws the README's pictures from logs. Needs matplotlib, which nothing else here does.
 
-    python data/pictures/draw.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
-    python data/pictures/draw.py calibration.png "reward model"=out/reward
-    python data/pictures/draw.py overoptimisation.png "with penalty"=out/ppo-weak "without"=out/ppo-weak-free
-    python data/pictures/draw.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
+    python docs/view.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
+    python docs/view.py calibration.png "reward model"=out/reward
+    python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "without"=out/ppo-weak-free
+    python docs/view.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
 
 The picture's name says which of the four it is; label=folder are the runs.
 """

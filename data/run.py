@@ -1,0 +1,265 @@
+"""How a script starts and what it leaves behind: flags and their checks, device, log.jsonl, state.pt."""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import hub
+from memory import (DEVICE, QUIET, RANK, WORLD, all_reduce_sum, dry_run, exit_distributed, init_distributed)
+
+
+# --- flags --------------------------------------------------------------------------------------------------
+
+def parse_flags(cls, argv=None):
+    """The command line -> a cls. Every field is a flag of the same name; its trailing comment is the help."""
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        kind = {"const": True, "nargs": "?", "type": to_bool} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name, default=f.default, metavar=f.type.__name__,
+                            help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"), **kind)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(cls)], 1)
+        hint = f"Did you mean --{near[0]}?" if near else "Try --help."
+        raise SystemExit(f"{unknown[0]}: no such flag. {hint}")
+    return cls(**vars(known))
+
+
+def to_bool(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text}: true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def require(condition, message):
+    """Stop with `message`, which names the value and the remedy, unless the condition holds."""
+    if not condition:
+        raise SystemExit(message)
+
+
+RULES = [  # flags, what their values have to pass, and the same in words
+    ("steps batch minibatch epochs block_size n_layer n_head n_embd log_every eval_every save_every "
+     "best_of_n eval_prompts", lambda x: x >= 1, "at least 1"),
+    ("microbatch warmup weight_decay grad_clip seed lora_rank kl_coef kl_target value_coef ptx_coef "
+     "missing_eos_penalty max_new_tokens temperature", lambda x: x >= 0, "at least 0"),
+    ("score_clip clip value_clip", lambda x: x > 0, "above 0"),
+    ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
+    ("lr", lambda x: 0 < x < 1, "between 0 and 1, often about 1e-4"),
+    ("tokenizer", lambda x: x in hub.VOCAB_SIZE, "unknown. Choose tiny or gpt2"),
+    ("offload", lambda x: x in ("none", "optimizer", "all"), "none, optimizer or all"),
+    ("dtype", lambda x: x in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+]
+DIVISIONS = [("n_embd", "n_head"), ("batch", "minibatch"), ("batch", "microbatch"),
+             ("minibatch", "microbatch")]  # the first has to be a multiple of the second
+
+
+def check_flags(cfg):
+    """Refuse what cannot work, before any compute is spent. A rule applies to whoever has the flag."""
+    flags = dataclasses.asdict(cfg)
+    for name, value in flags.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{name}={value}: not a finite number.")
+    for names, passes, words in RULES:
+        for name in filter(flags.__contains__, names.split()):
+            require(passes(flags[name]), f"--{name}={flags[name]}: {words}.")
+    for whole, part in DIVISIONS:
+        if flags.keys() >= {whole, part} and flags[part]:
+            require(flags[whole] % flags[part] == 0,
+                    f"--{whole}={flags[whole]} does not divide by --{part}={flags[part]}.")
+    for name in filter(flags.__contains__, ("batch", "minibatch")):
+        require(flags[name] % WORLD == 0, f"--{name}={flags[name]} does not divide by {WORLD} processes.")
+    for name in ("init", "reward"):
+        if flags.keys() >= {"out", name}:
+            require(Path(cfg.out).resolve() != Path(flags[name]).resolve(),
+                    f"--out={cfg.out} would overwrite --{name}.")
+    require(WORLD == 1 or flags.get("offload") != "all" and not flags.get("dry_run"),
+            "--offload=all and --dry_run are for one process; torchrun shards the weights instead.")
+
+
+def cosine_lr(step, cfg):
+    """The learning rate of step `step`: a linear warm-up, then half a cosine down to a tenth of the peak."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # 1 at the start, 0.1 at the end
+
+
+# --- device -------------------------------------------------------------------------------------------------
+
+def pick_device(device, dtype):
+    """Two names, or "auto" -> (torch.device, torch.dtype); prints what it chose and why."""
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = init_distributed(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device={device}: not usable here ({str(error).splitlines()[0]}).") from None
+    kind = device.type
+    if kind == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        can_ask = kind == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        features = torch.cpu.get_capabilities() if can_ask else {}
+        has_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
+    found = f"the processor has {'' if has_bf16 else 'no '}bfloat16 in hardware"
+    reason = found if dtype == "auto" else "asked for"
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bf16 else "float32"
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device {device} ({name}), {dtype} ({reason})" + f", {WORLD} processes" * (WORLD > 1))
+    return device, getattr(torch, dtype)
+
+
+def memory_gb(device):
+    """The peak so far, in 10^9 bytes: allocated on a GPU, otherwise resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def run_dry(cfg, iteration):
+    """--dry_run: iteration(cfg, device, dtype) on tensors without data -> what was counted, and is logged."""
+    with dry_run() as count:
+        iteration(cfg, DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
+    result = count.report()
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    with open(Path(cfg.out) / "log.jsonl", "a") as f:  # an earlier run's log stays
+        print(json.dumps(result), file=f)
+    return result
+
+
+# --- log, checkpoint, resume --------------------------------------------------------------------------------
+
+def read_state(path):
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        "".join(state["log"])  # a TypeError if it is not the log's lines
+        if isinstance(state["step"], int) and isinstance(state["cfg"], dict):
+            return state
+        error = "another program's file"
+    except Exception as caught:  # pickle's are many
+        error = type(caught).__name__
+    raise SystemExit(f"{path}: not a state to resume from ({error}). Delete it, or omit --resume, to begin "
+                     "anew.")
+
+
+class Run:
+    """A training run's folder: log.jsonl, state.pt and the model. A kill at any moment leaves the last two
+    whole.
+
+    state.pt alone decides a resume. It holds the step, the flags, the log up to that step, and what save()
+    was given: the optimizer's state, with the 32-bit weights in it. There are no random states, as every draw
+    is a function of the seed and the step. Of many processes the first one writes.
+
+    with Run(cfg) as run: Ctrl-C is noticed by interrupted(), so the step can be finished and saved.
+    """
+    MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these
+
+    def __init__(self, cfg):
+        self.cfg, self.out, self.clock = dataclasses.asdict(cfg), Path(cfg.out), time.time()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.state, self.start, self.lines, self.stopping = None, 0, [], False
+        path = self.out / "state.pt"
+        if cfg.resume and path.exists():
+            self.state = read_state(path)
+            self.start, self.lines = self.state["step"], self.state["log"]
+            for name, was in self.state["cfg"].items():
+                now = self.cfg.get(name)
+                require(name in self.MAY_CHANGE or was == now,
+                        f"--resume: {path} was made with --{name}={was}, not {now}. Use the same, or omit "
+                        "--resume.")
+            print(f"resuming {self.out} after step {self.start}")
+        elif cfg.resume:
+            print(f"nothing to resume in {self.out}: starting at step 0")
+        if not RANK:
+            if not self.state:  # an earlier run's state: --resume must not take it for this one's
+                path.unlink(missing_ok=True)
+            hub.write_file(self.out / "log.jsonl", lambda path: path.write_text("".join(self.lines)))
+
+    def __enter__(self):
+        try:
+            self.old_handler = signal.signal(signal.SIGINT, self._stop)
+        except ValueError:  # not in the main thread: nobody presses keys there
+            self.old_handler = None
+        return self
+
+    def _stop(self, *_):
+        self.stopping = True
+        signal.signal(signal.SIGINT, self.old_handler)  # a second Ctrl-C stops at once, as Python does
+        if not RANK:
+            print("\nfinishing this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def __exit__(self, *_):
+        if self.old_handler:
+            signal.signal(signal.SIGINT, self.old_handler)
+
+    def interrupted(self):
+        """Has any process been told to stop?"""
+        return all_reduce_sum(self.stopping)[0] > 0
+
+    def stop_if_interrupted(self):
+        if self.interrupted():
+            raise SystemExit("stopped and saved. The same command with --resume goes on.")
+
+    def steps(self, name):
+        """The steps that are left, with a progress bar in a terminal."""
+        total = self.cfg["steps"]
+        return tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET)
+
+    def check_loss(self, step, loss):
+        require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
+                                     f"{self.out} keeps the last good checkpoint.")
+
+    def log(self, **numbers):
+        self.lines.append(json.dumps(numbers) + "\n")
+        if RANK:
+            return
+        try:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(self.lines[-1])
+        except OSError as error:
+            raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good "
+                             "checkpoint is untouched; free some space and go on with --resume.") from None
+
+    def save(self, step, config, tensors, **state):
+        """config, tensors: the model, as hub.write takes it. state: what else a resume needs, optimizers or
+        plain values. state.pt is written first: the model can be made from it, not the other way round."""
+        # all processes ask, for a sharded state_dict() is put together from all of them
+        state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
+        if not RANK:
+            state |= {"step": step, "cfg": self.cfg, "log": self.lines}
+            hub.write_file(self.out / "state.pt", lambda path: torch.save(state, path))
+        self.save_model(config, tensors)
+
+    def save_model(self, config, tensors):
+        if not RANK:
+            hub.write(self.out, config, tensors)
+
+    def finish(self, step, **summary):
+        """Print the summary, make it the log's last line and return it. (Of many processes none returns.)"""
+        shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+        print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
+        self.log(step=step, **summary, final=True)
+        exit_distributed()
+        return summary

@@ -1,0 +1,241 @@
+"""Our side of every benchmark: speed, what the memory tricks cost, the largest model that fits.
+
+    python docs/bench.py                     # all workloads, one JSON line each, minutes
+    python docs/bench.py sft ppo-1           # only these
+    python docs/bench.py tricks              # one PPO iteration of GPT-2 124M, really run: memory and seconds
+    python docs/bench.py fit                 # the largest GPT-2 that fits a device, by dry runs
+
+Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
+is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
+"""
+import functools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import memory
+import ppo
+import reward
+import sft
+from data.batches import rng
+from data.run import memory_gb, require
+from memory import OffloadedAdamW
+from model import GPT, GPTConfig, Scorer, generate
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+SIZES = {"tiny": (512, 256, 4, 4, 256), "gpt2": (50304, 1024, 12, 12, 768)}  # V, positions, layers, heads, C
+WORKLOADS = {  # (rows or pairs, tokens) or (rows, prompt, new tokens[, epochs, rows per minibatch])
+    "sft": {"gpt2": (4, 256), "tiny": (32, 128)},
+    "reward": {"gpt2": (4, 256), "tiny": (16, 128)},
+    "generate": {"gpt2": (16, 32, 64), "tiny": (16, 32, 64)},
+    "generate-1": {"gpt2": (1, 32, 64), "tiny": (1, 32, 64)},
+    "ppo": {"gpt2": (16, 32, 64, 4, 16), "tiny": (16, 32, 64, 4, 16)},
+    "ppo-1": {"gpt2": (16, 32, 64, 1, 16), "tiny": (16, 32, 64, 1, 16)},
+    "ppo-long": {"gpt2": (2, 400, 112, 3, 2)},  # the work of Colossal-AI's first benchmark, batch 2
+    # as many tokens in few long rows as in many short ones
+    **{f"ppo-{rows}x{2048 // rows}": {"gpt2": (rows, 1024 // rows, 2048 // rows, 1, rows)}
+       for rows in (32, 16, 8, 4)},
+}
+
+
+class Stopwatch:
+    """A tracker for memory.TRACKERS, as the dry run is one: seconds of each phase, run by run."""
+    def __init__(self):
+        self.seconds, self.name, self.since = {}, None, 0.0
+
+    def phase(self, name):
+        now = time.perf_counter()
+        if self.name:
+            self.seconds.setdefault(self.name, []).append(now - self.since)
+        self.name, self.since = name, now
+
+
+def median_seconds(function, warmup, n):
+    seconds = []
+    for _ in range(warmup + n):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[warmup:])[n // 2]
+
+
+def machine_rates(dtype):
+    """-> (GFLOP/s of a large matrix product, GB/s of a copy, read and written)."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    x, y = torch.empty(2**27, dtype=torch.uint8), torch.empty(2**27, dtype=torch.uint8)
+    return (2 * 2048**3 / median_seconds(lambda: a @ b, 2, 7) / 1e9,
+            2 * 2**27 / median_seconds(lambda: y.copy_(x), 2, 7) / 1e9)
+
+
+def bench_workload(name, size, dtype_name):
+    """Print one JSON line."""
+    work, dtype, watch = WORKLOADS[name][size], getattr(torch, dtype_name), Stopwatch()
+    vocabulary, positions, *rest = SIZES[size]
+    net = lambda cls: cls(GPTConfig(vocabulary, positions, *rest, "gpt2")).initialize(rng(0)).to(dtype)
+    ids = lambda *shape: torch.randint(vocabulary - 64, shape).tolist()
+    host = None if dtype == torch.float32 else "cpu"
+    # operations are those of matrix products; positions are looked up, not multiplied
+    weights = sum(p.numel() for name_, p in net(GPT).named_parameters() if name_ != "wpe.weight")
+    head = vocabulary * rest[2]
+    extra, cpu, kind = {}, torch.device("cpu"), name.split("-")[0]
+    repeat = (1, 3) if size == "gpt2" else (2, 9)
+    if kind in ("sft", "reward"):
+        B, T = work
+        stage, model = (sft, net(GPT)) if kind == "sft" else (reward, net(Scorer))
+        cfg, adam = stage.Config(batch=B), OffloadedAdamW(model.parameters(), 1e-5, host=host)
+        tokens = B * T * (1 + (kind == "reward"))
+        flops = 6 * tokens * (weights - (kind == "reward") * head)
+
+        def run():
+            if kind == "sft":
+                batch = [(row[:-1], row[1:]) for row in ids(B, T + 1)]
+            else:
+                batch = [(ids(T), ids(T)) for _ in range(B)]
+            stage.learn(model, batch, cfg, cpu)
+            adam.step(1e-5)
+    elif kind == "generate":
+        B, P, N = work
+        model, tokens, flops = net(GPT), B * N, 2 * B * (P + N) * weights
+        run = lambda: generate(model, ids(B, P), N, -1, generator=rng(0))
+    else:
+        B, P, N, epochs, minibatch = work
+        models = ppo.Models(*(net(cls) for cls in (GPT, GPT, Scorer, Scorer)))
+        models.reference.requires_grad_(False)
+        models.reward_model.requires_grad_(False)
+        cfg = ppo.Config(batch=B, minibatch=minibatch, max_new_tokens=N, epochs=epochs, temperature=1.0)
+        adams = {name: OffloadedAdamW(getattr(models, name).parameters(), 1e-5, host=host)
+                 for name in ("actor", "critic")}
+        tokens = B * (P + N)
+        # forward passes of one network; a step that is the whole rollout reuses two of scoring's
+        passes = 4 + 6 * epochs - 2 * (minibatch == B)
+        flops = 2 * tokens * (weights + passes * (weights - head)) + passes * B * N * head
+        memory.TRACKERS.append(watch)
+
+        def run():
+            rows = [{"ids": row} for row in ids(B, P)]
+            with mock.patch.object(ppo, "TARGET_KL", math.inf):
+                batch, first_pass = ppo.rollout(0, rows, models, SimpleNamespace(end=-1), cfg, 0.05)
+                ppo.update(0, batch, first_pass, models, adams, 1e-5, None, cfg)
+            watch.phase("rest")
+    seconds = median_seconds(run, *repeat)
+    for phase, each in watch.seconds.items():
+        extra[phase + "_seconds"] = sorted(each[repeat[0]:])[repeat[1] // 2]
+    gflops, copy = machine_rates(dtype)
+    if kind == "generate":  # every step reads every weight
+        extra |= {"ms_per_token_step": 1000 * seconds / N,
+                  "share_of_copy_rate": weights * dtype.itemsize / (seconds / N) / 1e9 / copy}
+    print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in {
+        "workload": name, "peer": "ours", "size": size, "dtype": dtype_name,
+        "tokens_per_s": tokens / seconds, "seconds": seconds, "peak_rss_mb": memory_gb(cpu) * 1000,
+        "tokens": tokens, "gflops": flops / seconds / 1e9,
+        "share_of_matmul_rate": flops / seconds / 1e9 / gflops, "machine_gflops": gflops,
+        "machine_copy_gb_s": copy, **extra, "threads": torch.get_num_threads()}.items()}), flush=True)
+
+
+# --- what the memory tricks cost ----------------------------------------------------------------------------
+
+TRICKS = {"float32": {"dtype": "float32"}, "float32, checkpoint": {"dtype": "float32", "checkpoint": True},
+          "bfloat16": {}, "bfloat16, checkpoint": {"checkpoint": True},
+          "bfloat16, offload=all": {"offload": "all"}, "bfloat16, LoRA": {"lora_rank": 16}}
+
+
+def bench_trick(name):
+    """One PPO iteration of four GPT-2 124M with random weights, really run: its peak memory, its seconds."""
+    watch, cpu = Stopwatch(), torch.device("cpu")
+    cfg = ppo.Config(init="gpt2", dry_run=True, batch=2, minibatch=2, epochs=2, block_size=512,
+                     max_new_tokens=112, **{"dtype": "bfloat16"} | TRICKS[name])
+    memory.TRACKERS.append(watch)
+    ppo.dry_iteration(cfg, cpu, getattr(torch, cfg.dtype))
+    watch.phase("rest")
+    print(json.dumps({"trick": name, "peak_rss_mb": round(memory_gb(cpu) * 1000),
+                      **{phase: round(x, 2) for phase, [x] in watch.seconds.items()}}), flush=True)
+
+
+def bench_adamw():
+    """The optimizer's step on the weights of GPT-2 124M in float32, beside torch's."""
+    params = [torch.nn.Parameter(torch.randn(shape))
+              for shape in [(50304, 768)] + [(768, 3072), (3072, 768), (2304, 768), (768, 768)] * 12]
+    ours, theirs = OffloadedAdamW(params, 1e-4, host=None), torch.optim.AdamW(params, 1e-4, fused=True)
+    for p, master in zip(params, ours.masters):
+        p.grad, master.grad = torch.randn_like(p), torch.randn_like(p)
+
+    def torch_step():
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        theirs.step()
+        for p in params:
+            p.grad.zero_()
+    seconds = [[], []]
+    for _ in range(9):  # in turn
+        for i, step in enumerate((lambda: ours.step(1e-4, 1.0), torch_step)):
+            seconds[i].append(median_seconds(step, 0, 1))
+    ours_, theirs_ = (sorted(x)[4] for x in seconds)
+    print(json.dumps({"adamw_step_seconds": round(ours_, 4), "torch_fused": round(theirs_, 4),
+                      "ratio": round(ours_ / theirs_, 3)}), flush=True)
+
+
+# --- fit: the largest GPT-2 whose PPO iteration fits, by dry runs -------------------------------------------
+
+SETTINGS = {"plain PyTorch, float32": {"dtype": "float32"},
+            "bfloat16 --offload=optimizer --checkpoint": {"offload": "optimizer", "checkpoint": True},
+            "bfloat16 --lora_rank=16 --checkpoint": {"lora_rank": 16, "checkpoint": True},
+            "bfloat16 --offload=all": {"offload": "all"}}
+
+
+@functools.cache
+def peaks(setting, k):
+    """GiB on (device, host) of one iteration: batch 1, 400 + 112 tokens, k layers of k heads of width 128."""
+    cfg = ppo.Config(init="scratch", tokenizer="gpt2", n_layer=k, n_head=k, n_embd=128 * k, block_size=512,
+                     max_new_tokens=112, batch=1, minibatch=1, epochs=1, dry_run=True, **SETTINGS[setting])
+
+    # only two tokens are generated, the others fed with the prompt: faster, and the peak a little higher
+    def last_tokens(net, prompts, n, *rest, **more):
+        replies = generate(net, [prompt + [0] * (n - 2) for prompt in prompts], 2, *rest, **more)
+        return [[0] * (n - 2) + reply for reply in replies]
+    with memory.dry_run() as count, mock.patch.object(ppo, "generate", last_tokens):
+        ppo.dry_iteration(cfg, memory.DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
+    phases = [peak for name, peak in count.phases.items() if name != "setup"]
+    return tuple(max(peak[f"peak_{side}_bytes"] for peak in phases) / 2**30 for side in ("device", "host"))
+
+
+def fit(budgets=(4, 8, 16, 24, 80), host=1024):
+    """Print the table: billions of parameters, (layers)."""
+    print("| GiB on the device | " + " | ".join(SETTINGS) + " |\n" + "|---" * (1 + len(SETTINGS)) + "|")
+    for budget in budgets:
+        row = []
+        for setting in SETTINGS:
+            low, high = 0, 80  # low fits, high does not
+            while high - low > 1:
+                k = (low + high) // 2
+                device_, host_ = peaks(setting, k)
+                low, high = (k, high) if device_ <= budget and host_ <= host else (low, k)
+            row.append(f"{(12 * low * (128 * low) ** 2 + 50304 * 128 * low) / 1e9:.2f} ({low})")
+        print(f"| {budget} | " + " | ".join(row) + " |", flush=True)
+
+
+def main(names):
+    """A workload's name runs it in new processes: `python docs/bench.py run FUNCTION ARGUMENTS`."""
+    if names == ["fit"]:
+        return fit()
+    if names[:1] == ["run"]:
+        return {f.__name__: f for f in (bench_workload, bench_trick, bench_adamw)}[names[1]](*names[2:])
+    jobs = [("bench_trick", name) for name in TRICKS] + [("bench_adamw",)]
+    if names != ["tricks"]:
+        for name in names:
+            require(name in WORKLOADS, f"{name}: unknown. Choose from tricks, fit, {', '.join(WORKLOADS)}.")
+        jobs = [("bench_workload", name, size, dtype) for name in names or WORKLOADS
+                for size in WORKLOADS[name] for dtype in ("float32", "bfloat16")]
+    for job in jobs:
+        subprocess.run([sys.executable, __file__, "run", *job], check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
