@@ -5,12 +5,12 @@ two moments. PPO trains two of its four networks: 16 + 16 + 4 + 4 = 40 bytes, fo
 a single activation. The tricks below bring that down. Two of them change results (bfloat16 rounds, LoRA
 learns fewer weights), the others at most the order of a sum, and each can be used alone:
 
-    bfloat16                                 2 bytes a weight on the device, the 4 of float32 on the host
+    bfloat16                                 2 bytes a weight and its gradient; 4 for the optimizer's master
     OffloadedAdamW(params, lr, ...)          on the host: 4 master + 4 gradient + 8 moments, used once a step
     stream(model, device)                    also the 2 bytes on the host; two blocks at a time on the device
-    checkpoint(function, x)                  of a block's activations, 34 C bytes a token, only its input, 2 C
+    checkpoint(function, x)                  keeps 2 C bytes a token of a block, its input, instead of 32 C
     token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB
-    lookup(weight, idx)                      no (vocabulary x C) gradient for the rows that a batch has read
+    lookup(weight, idx)                      the gradient of the rows a batch read, not of (vocabulary x C)
     LoRA (in model.py)                       16 bytes for adapters only; four models share two sets of weights
     shard(model, device)                     under torchrun: each of N processes keeps an N-th of all of it
 
@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 # --- labels for whoever is counting -------------------------------------------------------------------------
 
 TRACKERS = []                    # the counts in progress: usually none
-MEMORY_TAGS = ["activations"]    # the last one labels new tensors
+MEMORY_TAGS = ["activations"]    # a stack: the last one labels new tensors
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def exit_distributed():
 
 @contextmanager
 def first_process_first():
-    """The first process runs the body, then the others run it: what it downloaded they find."""
+    """The first process runs the body, then the others run it and find what the first one downloaded."""
     if RANK:
         dist.barrier()
     yield
@@ -214,7 +214,7 @@ def checkpoint(function, x):
     if not torch.is_grad_enabled():
         return function(x)
     # Autograd calls backward only if some input needs a gradient. The function's parameters are not among
-    # the inputs, and behind a frozen embedding x needs none either: a third, empty input always does.
+    # the inputs, and after a frozen embedding x needs none either: so an empty third input requires one.
     return _Checkpoint.apply(function, x, torch.empty(0, requires_grad=True))
 
 
@@ -224,8 +224,8 @@ class OffloadedAdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) for weights of any type, with float32 masters on `host`.
 
     Each gradient leaves the device the moment backward has finished it, so they never exist there together;
-    the gradients of micro-batches add up on the host in float32. torch.optim.AdamW does the arithmetic on the
-    masters: the trajectory is its own on float32 weights. Weight decay applies to matrices, not to biases and
+    the gradients of micro-batches add up on the host in float32. torch.optim.AdamW updates the masters: with
+    float32 weights the result is exactly its own. Weight decay applies to matrices, not to biases and
     LayerNorm.
 
     host="cpu" offloads; host=None keeps masters, moments and gradients on the weights' own device. Of a
@@ -313,7 +313,7 @@ class OffloadedAdamW:
 
 def grad_hook(p, leaf):
     """The gradient of p has arrived at `leaf` (p itself, or its copy on the device): pass it on, free it."""
-    if leaf.grad is not None:  # None: an embedding's, which went by the row
+    if leaf.grad is not None:  # None: lookup or token_logprobs took it
         p.accumulate_grad(leaf.grad)
         leaf.grad = None
 
@@ -346,7 +346,7 @@ class StreamedBlock:
         copies, arrived = self.prefetched.pop(self.i, None) or self.fetch(self.i)
         if arrived:  # no kernel reads the copies before they are there
             torch.cuda.current_stream().wait_event(arrived)
-        # With gradients on it is checkpoint() that runs blocks again in backward, the last block first.
+        # Gradients on: checkpoint() runs blocks again in backward, the last one first, so i - 1 comes next.
         following = self.i + (-1 if torch.is_grad_enabled() else 1)
         if 0 <= following < len(self.blocks):
             self.prefetched[following] = self.fetch(following)
@@ -366,8 +366,8 @@ def stream(model, device):
 
     The device then holds two blocks, one computing and one arriving, whatever the depth. The embedding
     crosses over as the rows that a batch reads (`lookup`) and as the chunks that logits need
-    (`token_logprobs`). For training wrap each block in checkpoint(), or the graph keeps all copies until
-    backward, and use OffloadedAdamW.
+    (`token_logprobs`). Training needs OffloadedAdamW and checkpoint() around each block: without it the graph
+    would keep all copies until backward, and the order of fetching would be wrong.
     """
     cuda = device.type == "cuda"
     for name, child in model.named_children():
@@ -430,7 +430,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start, w in vocab_chunks(weight, chunk, hidden.device):  # w (c, C)
             with memory_tag("logits"):
                 logits = (h @ w.T).float()  # (N, c)
-                here = ((t >= start) & (t < start + len(w))).squeeze(1)  # is the target in this chunk?
+                here = ((t >= start) & (t < start + len(w))).squeeze(1)  # (N,): is t in this chunk?
                 target_logit += logits.gather(1, (t - start).clamp(0, len(w) - 1)).squeeze(1) * here
                 largest = logits.amax(-1)
                 logits.sub_(largest[:, None])  # in place from here on: faster, and less memory
@@ -475,7 +475,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
-    """Log-probabilities of `targets` under softmax(hidden @ weight.T), `chunk` words of the vocabulary at a
+    """Log-probabilities of `targets` under softmax(hidden @ weight.T), `chunk` tokens of the vocabulary at a
     time, forward and backward, so the (tokens x vocabulary) matrix never exists.
 
     hidden (..., C), weight (V, C), on hidden's device or on the host, targets (...) with -1 where there is
@@ -511,7 +511,8 @@ class dry_run(TorchDispatchMode):
     counted.
 
     Every tensor becomes torch's FakeTensor, which knows shape, type and device but holds no data. Integers
-    and booleans carry their real `value` along, so that lengths and masks decide as they would.
+    and booleans carry their real `value` along, so that code which branches on lengths and masks runs as
+    usual; sampled tokens are 0, so replies have full length.
 
     Left out: the CUDA context, the allocator's rounding, the workspaces of libraries, together some 0.5 GiB
     on a GPU. `phases`: {name: {"peak_device_bytes", "peak_host_bytes", "owners": {tag: bytes on the device
@@ -606,7 +607,7 @@ class dry_run(TorchDispatchMode):
         return _map(lambda t: self.wrap(t, t.device, next(values)), out)
 
     def report(self):
-        """Print the table, what takes most first; return the numbers of log.jsonl's one line."""
+        """Print the table, what takes most first; return what goes into log.jsonl."""
         phases = {name: peak for name, peak in self.phases.items() if name != "setup"}
         print("dry run: simulated, on tensors without data; peaks in GiB\n"
               "phase       device     host    on the device at its peak")

@@ -72,7 +72,7 @@ def attend(q, k, v, mask=None):
     hides padding: that is on the right, in the future of every real token.
     """
     if mask is not None or q.device.type != "cpu" or q.size(2) > 512:
-        # one fused kernel, which never writes the (T, S) matrix (a cache on a CPU is float32, see Cache)
+        # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
         return y.to(q.dtype)
     # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows.
@@ -134,13 +134,13 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.streamed_blocks = None  # what stream() runs instead of self.h
-        self.prepacked = None        # as in Linear, of the output matrix
+        self.prepacked = None        # the output matrix in oneDNN's layout
 
     def initialize(self, generator):
-        """Random weights with standard deviations that keep the size of a signal at any width, where GPT-2
-        has 0.02 (a network of width 128 was slower to learn from that)."""
+        """Random weights, their standard deviations such that activations keep their size at any width. (With
+        GPT-2's fixed 0.02 a network of width 128 learned more slowly.)"""
         for name, p in self.named_parameters():
-            if name.startswith("w"):  # wte, wpe: logits with a deviation of 1/2, a first loss of ln V + 1/8
+            if name.startswith("w"):  # wte, wpe: logits of deviation 1/2, a first loss of ln V + (1/2)^2 / 2
                 nn.init.normal_(p, std=0.5 / math.sqrt(self.cfg.n_embd), generator=generator)
             elif p.dim() >= 2:
                 # 2 n_layer projections add to the residual stream: they start smaller, by 1/sqrt(2 n_layer)
@@ -168,7 +168,7 @@ class GPT(nn.Module):
                 return packed_linear(hidden, self.prepacked).float()
             if self.streamed_blocks is None:
                 return F.linear(hidden, self.wte.weight).float()
-            chunks = vocab_chunks(self.wte.weight, 8192, self.device)  # so many rows of the host's at a time
+            chunks = vocab_chunks(self.wte.weight, 8192, self.device)  # 8,192 rows come at a time
             return torch.cat([hidden @ w.T for _, w in chunks], -1).float()
 
     @property
@@ -181,7 +181,7 @@ class Scorer(GPT):
     """A GPT with one number at each position instead of a vocabulary: the reward model and the critic."""
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.score = nn.Linear(cfg.n_embd, 1, bias=False)  # torch's own: always learned, never an adapter
+        self.score = nn.Linear(cfg.n_embd, 1, bias=False)  # nn's: always trained, no LoRA
 
     def initialize(self, generator):
         super().initialize(generator)
@@ -206,8 +206,8 @@ class Scorer(GPT):
 
     @torch.no_grad()
     def shift(self, c):
-        """Add the constant c to every score. The head has no bias (nor has it in the hub's format), but
-        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, which makes h."""
+        """Add the constant c to every score. The head has no bias (the hub's format has none), but
+        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h."""
         if isinstance(self, FSDPModule):
             self.reshard()
         w, bias = full_tensor(local(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
@@ -218,8 +218,8 @@ def negative_log_likelihood(model, examples, device):
     """[(idx, targets), ...] -> -log p(targets[t] | idx[:t + 1]), float32 (B, T), 0 where there is no target;
     and the number of targets.
 
-    The caller sums and divides, by the targets of its whole batch: then the size of a micro-batch cannot
-    change the gradient.
+    The caller divides the sum by the number of targets of its whole batch, so that the size of a micro-batch
+    cannot change the gradient.
     """
     idx, targets = (pad(column, fill).to(device) for column, fill in zip(zip(*examples), (0, -1)))
     logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
@@ -229,15 +229,15 @@ def negative_log_likelihood(model, examples, device):
 # --- generation ---------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of the tokens so far, allocated once for the longest row: (layers, 2, B, H, S, D)."""
-    def __init__(self, cfg, B, S, like):
-        shape = cfg.n_layer, 2, B, cfg.n_head, S, cfg.n_embd // cfg.n_head
+    """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, capacity, D)."""
+    def __init__(self, cfg, B, capacity, like):
+        shape = cfg.n_layer, 2, B, cfg.n_head, capacity, cfg.n_embd // cfg.n_head
         # A CPU attends twice as fast in float32. Zeros, as masked values must be numbers: 0 * nan = nan.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         with memory_tag("KV cache"):
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.lengths = torch.zeros(B, dtype=torch.long, device=like.device)  # the next token's position
-        self.rows = self.mask = None  # no mask: the next forward is the prefill
+        self.rows = self.mask = None  # mask None: the next forward is the prefill
 
     def update(self, layer, kv):
         """New keys and values (2, B, H, T, D) -> those of all tokens so far (2, B, H, S, D)."""
@@ -245,7 +245,7 @@ class Cache:
             self.kv[layer, ..., :kv.size(3), :] = kv
             return kv
         # One token a row, each at a position of its own. Index tensors with a slice between them move their
-        # dimension to the front: the left side is (B, 2, H, D), so the right side has to be.
+        # dimension to the front: the left side is (B, 2, H, D), and transpose(0, 1) makes the right side so.
         self.kv[layer, :, self.rows, :, self.lengths] = kv[..., 0, :].transpose(0, 1).to(self.kv.dtype)
         return self.kv[layer, ..., :self.mask.size(-1), :]
 
@@ -345,10 +345,10 @@ def prepacked(model, rows):
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (model.wpe.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     modules = [x for x in model.modules() if isinstance(x, (Linear, GPT))] if able else []
-    for x in modules:
-        weight = x.wte.weight if isinstance(x, GPT) else x.weight
-        x.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     try:
+        for x in modules:
+            weight = x.wte.weight if isinstance(x, GPT) else x.weight
+            x.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
     finally:
         for x in modules:
@@ -356,14 +356,15 @@ def prepacked(model, rows):
 
 
 def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=1.0):
-    """generate() for any number of prompts, `batch` at a time -> replies in their order."""
+    """generate() for any number of prompts, `batch` at a time -> replies in their order. Each batch has its
+    own random numbers, by where it begins."""
     with unsharded(model):
         return map_by_length(lambda part, i: generate(model, part, max_new_tokens, end, temperature,
                                                       generator=rng(seed, i)), prompts, batch)
 
 
 def passes_check(row, text):
-    """Does the reply match the row's check, a regular expression, in full? Training never asks, except in
+    """Does the reply match the row's check, a regular expression, in full? Training uses it only in
     ppo.py --reward=check."""
     return re.fullmatch(row["check"], text) is not None
 
@@ -400,7 +401,7 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
 
 
 def merged(model):
-    """model's whole state_dict(), LoRA's adapters added to their matrices, W + B A, and those in float32."""
+    """model's whole state_dict() with LoRA merged in, W + B A. Only matrices with adapters become float32."""
     state = {name: full_tensor(local(t), t) for name, t in model.state_dict().items()}
     for name in [name for name in state if name.endswith("lora_a")]:
         weight = name.replace("lora_a", "weight")
@@ -460,9 +461,9 @@ def setup_training(model, cfg, device):
 
 @memory_tag("weights")
 def frozen_copy(model):
-    """A frozen copy of the network without its adapters. Weights that do not learn are shared with it, only
-    the others are copied: with LoRA that is almost nothing."""
-    # deepcopy takes for each parameter what memo says, by its id
+    """A frozen copy of the network without its adapters. Frozen weights are shared with the model, only
+    trained ones are copied: with LoRA that is almost nothing."""
+    # deepcopy takes what memo says for an object's id; streaming is set up anew
     memo = {id(p): nn.Parameter(p.detach().clone(), False) if p.requires_grad else p
             for p in model.parameters()}
     out = copy.deepcopy(model, memo | {id(model.streamed_blocks): None})

@@ -6,8 +6,8 @@
     python ppo.py --trace                           # print replies token by token on the way
 
 Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor
-learns, the reference is stage 1 and stays, the critic starts from the reward model and learns, the reward
-model stays. Losses: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9, without an entropy bonus; reward:
+learns, the reference is stage 1, frozen, the critic starts from the reward model and learns, the reward model
+is frozen. Losses: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9, without an entropy bonus; reward:
 Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
 """
 import math
@@ -54,7 +54,7 @@ class Config:
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each
-    kl_coef: float = 0.05       # price of a nat of distance from stage 1, in units of the score
+    kl_coef: float = 0.05       # score that a nat of KL from stage 1 costs
     kl_target: float = 0.0      # nats per reply; above 0 kl_coef adapts to hold it
     gamma: float = 1.0          # discount per token
     lam: float = 0.95           # GAE's lambda
@@ -84,7 +84,7 @@ class Models(NamedTuple):
     reward_model: Scorer | None     # stage 2, frozen; None: rewards come from the prompts' checks
 
 
-# --- mathematics: all (B, T); position t is the choice of idx[t + 1], mask marks those of the reply ---------
+# --- mathematics, on (B, T): column t is about token idx[t + 1]; mask: is that token in the reply? ----------
 
 def masked_mean(x, mask):
     """The mean of x where mask is true, both (...). 0 where mask is empty, never 0/0."""
@@ -94,7 +94,7 @@ def masked_mean(x, mask):
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Each token pays kl_coef * log(policy / reference); each reply's last one earns the score (B,)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)  # argmax finds the first: (B,)
+    last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)  # (B,): the first true of the flipped mask
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 
@@ -127,8 +127,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
         loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),    ratio = exp(logprobs - old_logprobs)
 
-    -> (loss, tokens whose clip is the larger, approximate KL from old to new, ratio), each summed over the
-    mask: the caller divides by the tokens of its whole minibatch.
+    -> (loss, tokens where the clip binds, approximate KL from old to new, ratio), each summed over the mask:
+    the caller divides by the tokens of its whole minibatch.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -140,7 +140,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, value_clip):
     """max((V - R)^2, (V_clipped - R)^2) / 2, summed over the mask. V_clipped is at most value_clip away from
-    the old value: moving further towards R lowers nothing. (Not in the paper; from OpenAI's baselines.)"""
+    the old value: moving further towards R gains nothing. (Not in the paper; from OpenAI's baselines.)"""
     near = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (near - returns) ** 2) * mask).sum()
 
@@ -148,7 +148,7 @@ def value_loss(values, old_values, returns, mask, value_clip):
 def k3(logprobs, ref_logprobs):
     """Schulman's estimator of KL(policy, reference), never negative: http://joschu.net/blog/kl-approx.html"""
     log_ratio = ref_logprobs - logprobs
-    return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 - x: its digits would cancel where x is small
+    return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 - x, whose digits would cancel for small x
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def as_batch(prompts, replies, end, device):
 def policy_logprobs(model, batch, temperature, entropy=False):
     """-> log-probabilities of the reply's tokens under the distribution that they were sampled from, and its
     entropy if asked for, each (B, T), 0 elsewhere."""
-    hidden = model(batch["idx"]) / temperature  # the logits are linear in it
+    hidden = model(batch["idx"]) / temperature  # logits = hidden @ wte.T
     return token_logprobs(hidden, model.wte.weight, batch["targets"], entropy=entropy)
 
 
@@ -201,7 +201,8 @@ def texts(batch, tokenizer):
 
 
 def score_replies(batch, reward_model, rows, tokenizer, cfg):
-    """-> (B,): clipped scores from the reward model or the rows' checks, minus the penalty without an end."""
+    """-> (B,): clipped scores from the reward model or the rows' checks; -penalty for a reply without an end.
+    """
     if reward_model:
         scores = reward_model.last(batch["idx"], batch["lengths"])
     else:
@@ -211,48 +212,47 @@ def score_replies(batch, reward_model, rows, tokenizer, cfg):
     return torch.where(batch["ended"], scores, -cfg.missing_eos_penalty)
 
 
-@torch.no_grad()
 def sample_replies(step, prompts, actor, tokenizer, cfg):
-    """Lists of ids -> lists of ids. Each process answers its share; all of them get all replies."""
-    # the random numbers that choose the tokens are drawn here: the same ones for any number of processes
+    """Lists of ids -> lists of ids. Each process answers its share, all of them get all replies."""
+    # u chooses the tokens, see sample(). Drawn here it is the same for any number of processes.
     u = torch.rand(len(prompts), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
-    answer = lambda share: generate(actor, prompts[share], cfg.max_new_tokens, tokenizer.end, cfg.temperature,
-                                    u=u[share])
-    shares, replies = [slice(rank, None, WORLD) for rank in range(WORLD)], [None] * len(prompts)
+    answer = lambda rank: generate(actor, prompts[rank::WORLD], cfg.max_new_tokens, tokenizer.end,
+                                   cfg.temperature, u=u[rank::WORLD])
     with unsharded(actor):
-        parts = distributed_map(answer, shares)
-    for share, part in zip(shares, parts):
-        replies[share] = part
-    return replies
+        shares = distributed_map(answer, range(WORLD))
+    return [shares[i % WORLD][i // WORLD] for i in range(len(prompts))]
 
 
 @torch.no_grad()
 def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     """The policy answers `rows` -> (batch with everything that the update needs, first_pass).
 
-    If the first gradient step takes the whole batch at once, the policy that it updates is still the one
-    that spoke. Then first_pass is (logprobs, values) with their graphs, which the update need not compute
-    again; otherwise, and with checkpointing or offloading, which save memory, it is None.
+    If the first gradient step takes the whole batch at once, its policy is still the one that sampled. Then
+    first_pass is (logprobs, values) with their graphs, which the update need not compute again. Otherwise,
+    and with checkpointing or offloading, which save memory, it is None.
     """
     actor, reference, critic, reward_model = models
-    size = microbatch_size(cfg)
+    prompts, size = [row["ids"] for row in rows], microbatch_size(cfg)
     phase("rollout")
-    prompts = [row["ids"] for row in rows]
     replies = sample_replies(step, prompts, actor, tokenizer, cfg)
     phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, actor.device)
     mask = batch["mask"] = batch["targets"] >= 0
-    # Computed as the update does, not taken from generation, so that the first ratio is exactly 1.
-    keep_graph = size == len(rows) and not cfg.checkpoint and cfg.offload == "none"
+
+    # Computed as the update does it, not taken from generation, so that the first ratio is exactly 1.
+    def learning(b, _):
+        logprobs, entropy = policy_logprobs(actor, b, cfg.temperature, entropy=True)
+        return [logprobs, entropy, critic.values(b["idx"]) * b["mask"]]
+
+    def frozen(b, part):
+        return [policy_logprobs(reference, b, cfg.temperature)[0],
+                score_replies(b, reward_model, rows[part], tokenizer, cfg)]
+
+    keep_graph = size == len(rows) and WORLD == 1 and not cfg.checkpoint and cfg.offload == "none"
     with torch.set_grad_enabled(keep_graph):
-        logprobs, batch["entropy"] = map_microbatches(
-            lambda b, _: policy_logprobs(actor, b, cfg.temperature, entropy=True), batch, size)
-        values, = map_microbatches(lambda b, _: [critic.values(b["idx"]) * b["mask"]], batch, size)
+        logprobs, batch["entropy"], values = map_microbatches(learning, batch, size)
     batch["logprobs"], batch["values"] = logprobs.detach(), values.detach()
-    batch["ref_logprobs"], _ = map_microbatches(
-        lambda b, _: policy_logprobs(reference, b, cfg.temperature), batch, size)
-    batch["scores"], = map_microbatches(
-        lambda b, part: [score_replies(b, reward_model, rows[part], tokenizer, cfg)], batch, size)
+    batch["ref_logprobs"], batch["scores"] = map_microbatches(frozen, batch, size)
     batch["kl"] = batch["logprobs"] - batch["ref_logprobs"]
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
@@ -318,13 +318,13 @@ def ptx_gradients(actor, demonstrations, generator, cfg):
 
 
 def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg):
-    """Learn from rollout number `step` -> statistics: means over the gradient steps, `updates`, their number,
-    and `ratio_first`, the first one's ratio."""
+    """Learn from rollout number `step` -> statistics: means over the gradient steps; `updates`: how many
+    there were; `ratio_first`: the first one's ratio."""
     generator, history = rng(cfg.seed, "update", step), []
     phase("update")
     for minibatch in minibatches(len(batch["idx"]), cfg, generator):
         stats = ppo_gradients(batch, minibatch.to(batch["idx"].device), first_pass, models, cfg)
-        first_pass = None  # after a step the policy is another
+        first_pass = None  # the weights change now
         if cfg.ptx_coef:
             stats["ptx_loss"] = ptx_gradients(models.actor, demonstrations, generator, cfg)
         stats = dict(zip(stats, all_reduce_sum(*stats.values())))
@@ -363,7 +363,7 @@ def rollout_statistics(batch):
     return {"score": batch["scores"].mean().item(), "kl": batch["kl"].sum(1).mean().item(),
             "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
             "entropy": masked_mean(batch["entropy"], mask).item(),
-            # of the returns by the critic: 1 if it predicts them exactly, 0 if no better than their mean
+            # 1: the critic predicts the returns exactly; 0: no better than their mean would
             "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
             "eos_rate": batch["ended"].float().mean().item(),
             "response_length": mask.sum(1).float().mean().item()}
@@ -531,7 +531,7 @@ def main(cfg):
         for step in run.steps("ppo"):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, (0,) * len(train), cfg.batch, cfg.seed)),
-                          key=lambda row: len(row["ids"]))  # neighbours need little padding
+                          key=lambda row: len(row["ids"]))  # then neighbours need little padding
             batch, first_pass = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):
                 trace(batch, tokenizer)

@@ -55,7 +55,7 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode_pair(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the two dialogues, cut to block_size from the left, from the prompt."""
+    """-> (chosen, rejected): ids of the two dialogues, the last block_size of each."""
     dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}]
                  for side in ("chosen", "rejected"))
     return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
@@ -90,7 +90,7 @@ def score_pairs(model, pairs, device):
     return score(model, chosen + rejected, device).chunk(2)
 
 
-# What a prompt adds to the scores of both replies cancels in the loss, but PPO clips scores: keep it small.
+# The loss ignores what both replies' scores have in common, but PPO clips scores: keep it small.
 CENTER = 0.01
 
 
@@ -116,7 +116,7 @@ def accuracy_table(rows, margin):
     """-> {skill: (pairs, accuracy, ceiling)} with "all" last.
 
     A row's "agreement" is the probability that a rater chooses as its label says. Labels are noisy: a model
-    that knows the raters' taste exactly is right where that is above 1/2: the ceiling (None if not known).
+    that knows the raters' taste exactly is right where it is above 1/2: their share is the ceiling (or None).
     """
     groups, table = defaultdict(list), {}
     for i, row in enumerate(rows):
@@ -130,7 +130,7 @@ def accuracy_table(rows, margin):
 
 
 def calibration(margin, bins=5):
-    """-> [(pairs, predicted, observed)] by confidence: is a ranking of probability p right in p of cases?"""
+    """-> [(pairs, predicted, observed)] by confidence: the predicted and the real share of right rankings."""
     confidence, right = margin.abs().sigmoid(), (margin > 0).float()
     edges = torch.linspace(0.5, 1, bins + 1)
     which = torch.bucketize(confidence, edges[1:-1])
@@ -156,7 +156,7 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     if cfg.init == "scratch" or not prompts:
         return None
     sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
-    shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # where its weights fit
+    shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # as --offload says
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
     replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)

@@ -5,7 +5,7 @@ text).
     python sft.py --data=book.txt                   # pre-training on any text
 
 Reads sft.jsonl and prompts.val.jsonl of --data; writes the model, log.jsonl and state.pt to --out.
-The loss is the negative log-likelihood of what the assistant says, <|end|> included (of text, of all of it).
+The loss is the negative log-likelihood of what the assistant says, <|end|> included (of text: every token).
 """
 import math
 import time
@@ -77,7 +77,7 @@ def load_examples(cfg, tokenizer):
     return train, val, sum(len(row["text"]) for row in splits[1]) if is_text else 0
 
 
-# --- mathematics --------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def validate(model, val, cfg, device):
@@ -88,7 +88,7 @@ def validate(model, val, cfg, device):
 
 
 def print_samples(model, tokenizer, prompts, val, cfg, n=4):
-    """What the model says to a few held-out prompts, or how it goes on with held-out text."""
+    """What the model says to a few held-out prompts, or its continuation of held-out text."""
     half = cfg.block_size // 2
     shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], half))
              for row in prompts[:n]]

@@ -15,7 +15,7 @@ from memory import QUIET, distributed_map
 def rng(seed, *place):
     """A random generator of its own for each place in the run, as in rng(seed, "rollout", step)."""
     digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # 63 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # below 2**63
 
 
 def pad(rows, value=0, dtype=torch.long):
@@ -30,12 +30,12 @@ def batches(lengths, batch, seed, epoch):
     """lengths: a tuple, one for each row -> lists of `batch` row numbers that cover all rows, in random
     order. Rows of one list are of similar length, so that little is padding.
 
-    All are full: where `batch` does not divide the rows, some rows come twice.
+    All are full: where `batch` does not divide the rows, some rows come again.
     """
     generator = rng(seed, "batches", epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     order = list(islice(cycle(order), math.ceil(len(order) / batch) * batch))
-    pool = 50 * batch  # sort within pools only, so that the rows of a batch still differ from epoch to epoch
+    pool = 50 * batch  # sorting all rows at once would make every epoch's batches alike
     for i in range(0, len(order), pool):
         order[i:i + pool] = sorted(order[i:i + pool], key=lambda row: lengths[row])
     out = [order[i:i + batch] for i in range(0, len(order), batch)]
@@ -49,7 +49,7 @@ def batch_at(step, lengths, batch, seed):
 
 
 def map_by_length(function, rows, batch, length=len):
-    """One result for each row, in the order of `rows`: function(some rows, i) -> as many results.
+    """One result for each row, in the order of `rows`, from function(some rows, i) -> one result a row.
 
     For work without gradients on many rows: they are sorted by length, cut into batches (i is where a batch
     begins in the sorted rows), shared among the processes, and the results put back into order.

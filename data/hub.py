@@ -6,7 +6,7 @@
 
 config: {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "tokenizer"}. tensors: {name: tensor};
 our names are the hub's without "transformer.", our matrices (out, in) where the hub's are (in, out). HF_HOME
-or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 forbids to ask.
+or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 bans downloads.
 """
 import hashlib
 import http.client
@@ -97,7 +97,7 @@ TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp
 
 
 def write(folder, config, tensors):
-    """For transformers to read as GPT2LMHeadModel, with a "score.weight" as GPT2ForSequenceClassification."""
+    """For transformers: a GPT2LMHeadModel, or GPT2ForSequenceClassification if there is a "score.weight"."""
     scorer, tokenizer = "score.weight" in tensors, Tokenizer(config["tokenizer"])
     written = {"model_type": "gpt2",
                "architectures": ["GPT2ForSequenceClassification" if scorer else "GPT2LMHeadModel"],

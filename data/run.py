@@ -139,7 +139,7 @@ def memory_gb(device):
 
 
 def run_dry(cfg, iteration):
-    """--dry_run: iteration(cfg, device, dtype) on tensors without data -> what was counted, and is logged."""
+    """--dry_run: iteration(cfg, device, dtype) on tensors without data -> the count, which is also logged."""
     with dry_run() as count:
         iteration(cfg, DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
     result = count.report()
@@ -165,12 +165,11 @@ def read_state(path):
 
 
 class Run:
-    """A training run's folder: log.jsonl, state.pt and the model. A kill at any moment leaves the last two
-    whole.
+    """A training run's folder: log.jsonl, state.pt and the model. A kill never damages the last two.
 
     state.pt alone decides a resume. It holds the step, the flags, the log up to that step, and what save()
     was given: the optimizer's state, with the 32-bit weights in it. There are no random states, as every draw
-    is a function of the seed and the step. Of many processes the first one writes.
+    is a function of the seed and the step. Of many processes only the first one writes.
 
     with Run(cfg) as run: Ctrl-C is noticed by interrupted(), so the step can be finished and saved.
     """
@@ -257,7 +256,7 @@ class Run:
             hub.write(self.out, config, tensors)
 
     def finish(self, step, **summary):
-        """Print the summary, make it the log's last line and return it. (Of many processes none returns.)"""
+        """Print the summary, make it the log's last line and return it. (Under torchrun: exit.)"""
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
         print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
         self.log(step=step, **summary, final=True)

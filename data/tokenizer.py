@@ -10,7 +10,7 @@ import tiktoken
 
 CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
 TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-VOCAB_SIZE = {"tiny": 1024, "gpt2": 50304}  # padded to a multiple of 64, which matrix products like
+VOCAB_SIZE = {"tiny": 1024, "gpt2": 50304}  # padded to a multiple of 64, for fast matrix products
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
 Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in
 a folder as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
@@ -74,8 +74,8 @@ def encode_demonstration(row, tokenizer, block_size):
     """A row of sft.jsonl -> [(idx, targets), ...], two lists of one length, at most block_size: targets[t] is
     the token after idx[t], or -1 where there is nothing to learn.
 
-    Messages teach what the assistant says, and lose their beginning if they are too long. Text teaches all of
-    itself, in as many windows as it takes.
+    Of messages only what the assistant says is a target; long ones lose their beginning. Of text every token
+    is, in as many windows as it takes.
     """
     if "text" in row:
         ids = [tokenizer.end, *tokenizer.encode(row["text"]), tokenizer.end]  # <|end|> also begins a text
@@ -104,7 +104,7 @@ def tokenizer_files(name, n_positions):
     spell = lambda token: "".join(letters[b] for b in token)
     ranks = encoding._mergeable_ranks
     merges = []
-    # tiktoken keeps tokens, transformers the two parts that each was merged from. To find them, encode the
+    # tiktoken keeps tokens, transformers the two parts that were merged into each. To find them, encode the
     # token's bytes, merging the pair of the lowest rank first, until two parts are left.
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
