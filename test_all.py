@@ -3,7 +3,7 @@
     python test_all.py                  # all, in the order of this file; pytest test_all.py does the same
     python test_all.py bug_05 -k hub    # those with such a part in their names; -f: stop at the first failure
     python test_all.py readme           # the README's commands with settings cut short, and its exercises
-    FUZZ=10000 python test_all.py test_checkpoints test_what_a_resume test_data test_flags  # more damage
+    FUZZ=10000 python test_all.py fuzz  # damage files and flags in so many ways
 """
 import contextlib
 import dataclasses
@@ -1532,7 +1532,7 @@ def survives(path, use, head=None):
     if "FUZZ" in os.environ:
         print(f"{path.name}: {FUZZ:,} mutations, {refused:,} refused", file=sys.__stdout__)
 
-def test_checkpoints(tmp_path):
+def test_fuzz_checkpoints(tmp_path):
     weights, old, index = (tmp_path / name for name in (
         "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
     save(tmp_path, tiny(n_layer=1, n_embd=8))
@@ -1547,14 +1547,14 @@ def test_checkpoints(tmp_path):
     index.write_text(json.dumps({"weight_map": {name: "part.safetensors" for name in tensors}}))
     survives(index, load)
 
-def test_what_a_resume_reads(tmp_path):
+def test_fuzz_what_a_resume_reads(tmp_path):
     shape = dict(steps=2, n_layer=1, n_embd=8)
     run(sft, tmp_path, **shape)
     cfg = small(sft, tmp_path, resume=True, **shape)
     for name in ("state.pt", "log.jsonl"):
         survives(tmp_path / "out/sft" / name, lambda: data_run.Run(cfg))
 
-def test_data(tmp_path):
+def test_fuzz_data(tmp_path):
     write_data(tmp_path / "data")
     for kind in prepare.KINDS:
         path = tmp_path / "data" / f"{kind}.jsonl"
@@ -1567,7 +1567,7 @@ def test_data(tmp_path):
         (tmp_path / name).write_bytes(data)
         survives(tmp_path / name, lambda: prepare.main([tmp_path / name], tmp_path / "out"))
 
-def test_flags():
+def test_fuzz_flags():
     draw, passed, signs = random.Random(0), 0, ("=", "=", "=", "", "-", "x=")
     values = ["", *"0 -1 1 3 0.5 1e999 nan -inf yes all gpt2 / ..".split(), "9" * 30]
     for i in range(FUZZ):
@@ -1634,6 +1634,17 @@ def test_what_does_not_divide_among_the_processes_is_refused(tmp_path):
     with mock.patch.object(data_run, "WORLD", 3):
         refuses(check(), "--batch=8", "3 processes")
         refuses(check(batch=6, offload="all"), "--offload=all")
+
+
+# --- the house ----------------------------------------------------------------------------------------------
+
+def test_imports_run_one_way_and_no_stage_imports_another():
+    house = "memory data.tokenizer data.hub data.batches data.run data.prepare model".split()
+    ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
+    for i, name in enumerate([*house, "sft", "reward", "ppo"]):
+        text = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        imported = {f"data.{what}" if module == "data" else module for module, what in ours.findall(text)}
+        assert imported <= set(house[:i]), (name, imported)
 
 
 # --- the README: every command, and every exercise that breaks something ------------------------------------

@@ -213,23 +213,23 @@ def open_text(path):
         raise SystemExit(f"{path}: cannot be read ({error}).") from None
 
 
-def pieces(path, size=2000):
-    """A text file, all of it, in pieces of about `size` characters that end at blank lines."""
-    piece = ""
+def text_chunks(path, size=2000):
+    """A text file, all of it, in chunks of about `size` characters that end at blank lines."""
+    chunk = ""
     for number, line in open_text(path):
-        piece += line.decode("utf-8", errors="replace")
-        if len(piece) >= size and not line.strip():
-            yield number, {"text": piece}
-            piece = ""
-    if piece:
-        yield number, {"text": piece}
+        chunk += line.decode("utf-8", errors="replace")
+        if len(chunk) >= size and not line.strip():
+            yield number, {"text": chunk}
+            chunk = ""
+    if chunk:
+        yield number, {"text": chunk}
 
 
 def records(path):
     """-> (line number, record); a record that cannot be read is an Unusable."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind == ".txt":
-        yield from pieces(path)
+        yield from text_chunks(path)
     elif kind == ".json":
         try:
             whole = json.loads(b"".join(line for _, line in open_text(path)))
