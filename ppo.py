@@ -170,7 +170,8 @@ def as_batch(prompts, replies, end, device):
 def policy_logprobs(model, batch, temperature, entropy=False):
     """-> log-probabilities of the reply's tokens under the distribution that they were sampled from, and its
     entropy if asked for, each (B, T), 0 elsewhere."""
-    hidden = model(batch["idx"]) / temperature  # logits = hidden @ wte.T
+    # logits = hidden @ wte.T: dividing the one divides the other
+    hidden = model(batch["idx"]) / temperature
     return token_logprobs(hidden, model.wte.weight, batch["targets"], entropy=entropy)
 
 
@@ -558,9 +559,8 @@ def main(cfg):
                 for i in range(0, len(rows), math.ceil(len(rows) / 3)):  # a short, a middling, a long prompt
                     say(f"    {rows[i]['prompt'][-1]['content'][-200:]!r} -> {replies[i]!r} "
                         f"(score {batch['scores'][i]:+.2f}, kl {batch['kl'][i].sum():.2f})")
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
+            if run.save_due(done):
                 run.save(done, *exported(models.actor), **optimizers, kl_coef=kl_coef)
-                run.stop_if_interrupted()
 
     summary = evaluate(models, val[:cfg.eval_prompts], tokenizer, cfg) if val else {}
     return run.finish(cfg.steps, **summary)

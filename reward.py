@@ -229,9 +229,8 @@ def main(cfg):
                 say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
                 run.log(step=done, val_accuracy=accuracy)
                 clock, seen = time.time(), 0
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
+            if run.save_due(done):
                 run.save(done, *exported(model), optimizer=optimizer)
-                run.stop_if_interrupted()
 
     accuracy = ceiling = None
     if val:

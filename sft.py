@@ -165,9 +165,8 @@ def main(cfg):
                     run.log(step=done, val_loss=nll / n)
                 print_samples(model, tokenizer, prompts, val, cfg)
                 clock, seen = time.time(), 0
-            if done % cfg.save_every == 0 or done == cfg.steps or run.interrupted():
+            if run.save_due(done):
                 run.save(done, *exported(model), optimizer=optimizer)
-                run.stop_if_interrupted()
 
     nll, n = validate(model, val, cfg, device) if val else (None, None)
     summary = {"val_loss": nll / n if val else None,

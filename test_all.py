@@ -1404,9 +1404,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 def test_a_second_ctrl_c_is_pythons_own(tmp_path):
     with quiet(data_run.Run, small(sft, tmp_path))[0] as running:
-        assert not running.interrupted()
+        assert [running.save_due(step) for step in (1, 2, 5, 6)] == [False, True, False, True]
         signal.raise_signal(signal.SIGINT)
-        assert running.interrupted()
+        assert running.save_due(1)
         refuses(lambda: signal.raise_signal(signal.SIGINT), kind=KeyboardInterrupt)
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
@@ -1592,6 +1592,8 @@ def test_fuzz_flags():
 # --- many processes: torchrun and FSDP, on this machine with gloo, on CPUs ----------------------------------
 
 def torchrun(n, typed, *flags):
+    if not hasattr(memory.FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise unittest.SkipTest(f"torch {torch.__version__} is too old for several processes")
     typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *flags,
              *typed[1:]]
     return start(typed, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -151,17 +151,24 @@ def run_dry(cfg, iteration):
 
 # --- log, checkpoint, resume --------------------------------------------------------------------------------
 
-def read_state(path):
+MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these flags
+
+
+def read_state(path, flags):
+    """What Run.save wrote, if these are the flags that it was written with."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        "".join(state["log"])  # a TypeError if it is not the log's lines
-        if isinstance(state["step"], int) and isinstance(state["cfg"], dict):
-            return state
-        error = "another program's file"
-    except Exception as caught:  # pickle's are many
-        error = type(caught).__name__
-    raise SystemExit(f"{path}: not a state to resume from ({error}). Delete it, or omit --resume, to begin "
-                     "anew.")
+        kinds = [type(state[name]) for name in ("step", "cfg", "log")]
+        if kinds != [int, dict, list]:
+            raise TypeError("another program's file")
+    except Exception as error:  # pickle's are many
+        raise SystemExit(f"{path}: not a state to resume from ({type(error).__name__}). Delete it, or omit "
+                         "--resume, to begin anew.") from None
+    for name, was in state["cfg"].items():
+        now = flags.get(name)
+        require(name in MAY_CHANGE or was == now,
+                f"--resume: {path} was made with --{name}={was}, not {now}. Use the same, or omit --resume.")
+    return state
 
 
 class Run:
@@ -171,23 +178,16 @@ class Run:
     was given: the optimizer's state, with the 32-bit weights in it. There are no random states, as every draw
     is a function of the seed and the step. Of many processes only the first one writes.
 
-    with Run(cfg) as run: Ctrl-C is noticed by interrupted(), so the step can be finished and saved.
+    with Run(cfg) as run: Ctrl-C lets the step finish; save_due() is then true, and save() ends the run.
     """
-    MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these
-
     def __init__(self, cfg):
         self.cfg, self.out, self.clock = dataclasses.asdict(cfg), Path(cfg.out), time.time()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.state, self.start, self.lines, self.stopping = None, 0, [], False
+        self.state, self.start, self.lines, self.ctrl_c, self.stop = None, 0, [], False, False
         path = self.out / "state.pt"
         if cfg.resume and path.exists():
-            self.state = read_state(path)
+            self.state = read_state(path, self.cfg)
             self.start, self.lines = self.state["step"], self.state["log"]
-            for name, was in self.state["cfg"].items():
-                now = self.cfg.get(name)
-                require(name in self.MAY_CHANGE or was == now,
-                        f"--resume: {path} was made with --{name}={was}, not {now}. Use the same, or omit "
-                        "--resume.")
             print(f"resuming {self.out} after step {self.start}")
         elif cfg.resume:
             print(f"nothing to resume in {self.out}: starting at step 0")
@@ -198,13 +198,13 @@ class Run:
 
     def __enter__(self):
         try:
-            self.old_handler = signal.signal(signal.SIGINT, self._stop)
+            self.old_handler = signal.signal(signal.SIGINT, self._on_ctrl_c)
         except ValueError:  # not in the main thread: nobody presses keys there
             self.old_handler = None
         return self
 
-    def _stop(self, *_):
-        self.stopping = True
+    def _on_ctrl_c(self, *_):
+        self.ctrl_c = True
         signal.signal(signal.SIGINT, self.old_handler)  # a second Ctrl-C stops at once, as Python does
         if not RANK:
             print("\nfinishing this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
@@ -212,14 +212,6 @@ class Run:
     def __exit__(self, *_):
         if self.old_handler:
             signal.signal(signal.SIGINT, self.old_handler)
-
-    def interrupted(self):
-        """Has any process been told to stop?"""
-        return all_reduce_sum(self.stopping)[0] > 0
-
-    def stop_if_interrupted(self):
-        if self.interrupted():
-            raise SystemExit("stopped and saved. The same command with --resume goes on.")
 
     def steps(self, name):
         """The steps that are left, with a progress bar in a terminal."""
@@ -241,6 +233,11 @@ class Run:
             raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good "
                              "checkpoint is untouched; free some space and go on with --resume.") from None
 
+    def save_due(self, step):
+        """After `step` steps: is it time, or has any process got a Ctrl-C?"""
+        self.stop = all_reduce_sum(self.ctrl_c)[0] > 0
+        return step % self.cfg["save_every"] == 0 or step == self.cfg["steps"] or self.stop
+
     def save(self, step, config, tensors, **state):
         """config, tensors: the model, as hub.write takes it. state: what else a resume needs, optimizers or
         plain values. state.pt is written first: the model can be made from it, not the other way round."""
@@ -250,6 +247,7 @@ class Run:
             state |= {"step": step, "cfg": self.cfg, "log": self.lines}
             hub.write_file(self.out / "state.pt", lambda path: torch.save(state, path))
         self.save_model(config, tensors)
+        require(not self.stop, "stopped and saved. The same command with --resume goes on.")
 
     def save_model(self, config, tensors):
         if not RANK:
