@@ -592,8 +592,10 @@ class dry_run(TorchDispatchMode):
             real = {k: HOST if k == "device" else _map(value, x) for k, x in kwargs.items()}
             values = function(*_map(value, args), **real)
             if not (in_place or function.is_view):
-                device = kwargs.get("device") or next((t.device for t in tensors if t.dim()), HOST)
-                return _map(lambda v: self.wrap(v, torch.device(device), v), values)
+                # where its arguments are; numbers (0-dimensional) from the host mix with any device
+                places = [t.device for t in sorted(tensors, key=torch.Tensor.dim, reverse=True)] or [HOST]
+                device = torch.device(kwargs.get("device") or places[0])
+                return _map(lambda v: self.wrap(v, device, v), values)
         if in_place and known or function is torch.ops.aten.copy_.default:  # copy_ may cross devices
             return args[0]
         if "generator" in kwargs:
