@@ -35,8 +35,9 @@ from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full
 
 @dataclass
 class GPTConfig:
+    """The sizes of a network, named as in the hub's config.json."""
     vocab_size: int
-    n_positions: int
+    n_positions: int          # the longest row that it can read
     n_layer: int
     n_head: int
     n_embd: int
@@ -61,6 +62,7 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
 
     def forward(self, x):
+        # (..., in) -> (..., out); LoRA goes through (..., rank), never making the (out, in) matrix B A
         y = super().forward(x) if self.prepacked is None else packed_linear(x, self.prepacked, self.bias)
         return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
@@ -82,13 +84,15 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
+    """Every position gathers what it needs from those before it, by n_head patterns of attention at once."""
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)  # queries, keys and values side by side
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, cache=None, layer=0):
+        """x (B, T, C) -> (B, T, C). With a cache, also over the keys and values that it has of this layer."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, H, T, D)
@@ -99,16 +103,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The same two matrices at every position on its own."""
     def __init__(self, cfg):
         super().__init__()
         self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd)
         self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # as GPT-2 was trained
+        # (B, T, C) -> (B, T, 4 C) -> (B, T, C); the tanh form of GELU is the one that GPT-2 was trained with
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
+    """One layer. It adds to x, the residual stream, and normalises what it reads, not the stream itself."""
     def __init__(self, cfg):
         super().__init__()
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
@@ -272,7 +279,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k:
+    if top_k:  # all below the k-th largest logit get probability 0
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:  # the fewest tokens with a probability of top_p: Holtzman et al. 2019, arXiv:1904.09751
