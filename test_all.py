@@ -1601,7 +1601,8 @@ def torchrun(n, typed, *flags):
 def test_two_processes_take_the_same_course_as_one(tmp_path):
     ids = random_ids(4, 16)
     for stage, changes in ((sft, {"microbatch": 2}), (reward, {"checkpoint": True, "offload": "optimizer"}),
-                           (ppo, {"ptx_coef": 0.5, "temperature": 0.7})):
+                           (ppo, {"ptx_coef": 0.5, "temperature": 0.7}),
+                           (ppo, {"minibatch": 8, "microbatch": 8})):  # one process keeps its first pass
         run(stage, tmp_path, **changes)
         folders = tmp_path / "out" / stage.__name__, tmp_path / "two"
         process = torchrun(2, command(stage, tmp_path, folders[1], **changes))
