@@ -31,7 +31,6 @@ import unittest
 import weakref
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -176,19 +175,6 @@ def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     dropped = F.dropout(tiny()(batch["idx"]), 0.1)  # the mistake
     old, _ = token_logprobs(dropped, models.actor.wte.weight, batch["targets"])
     assert ((new - old).exp() - 1).abs().max() > 0.01
-
-def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass():
-    ends, forwards = [], []
-    for microbatch in (0, 4):
-        cfg, models, batch, first_pass = a_rollout(minibatch=8, microbatch=microbatch, epochs=2)
-        with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
-            statistics = update(cfg, models, batch, first_pass, eps=1e-5, host=None)
-        assert (first_pass is None) == (microbatch > 0)
-        close(statistics["ratio_first"], 1, 5e-6)
-        forwards.append(spy.call_count)
-        ends.append(weights_of(models.actor, models.critic))
-    assert forwards == [2, 8]  # one epoch of two; two parts of two
-    close(*ends, 1e-4)
 
 def test_bug_02_padding_shifts_positions():
     # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
@@ -1288,6 +1274,19 @@ def test_micro_batches_do_not_change_ppos_update():
         update(cfg, models, batch, eps=1.0)
         after.append(weights_of(models.actor, models.critic))
     close(*after, 1e-7)
+
+def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass():
+    ends, forwards = [], []
+    for microbatch in (0, 4):
+        cfg, models, batch, first_pass = a_rollout(minibatch=8, microbatch=microbatch, epochs=2)
+        with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
+            statistics = update(cfg, models, batch, first_pass, eps=1e-5, host=None)
+        assert (first_pass is None) == (microbatch > 0)
+        close(statistics["ratio_first"], 1, 5e-6)
+        forwards.append(spy.call_count)
+        ends.append(weights_of(models.actor, models.critic))
+    assert forwards == [2, 8]  # one epoch of two; two parts of two
+    close(*ends, 1e-4)
 
 def test_k1_and_policy_start_at_zero_distance():
     _, _, batch, _ = a_rollout(temperature=0.7)
