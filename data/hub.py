@@ -98,7 +98,7 @@ TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp
 
 def write(folder, config, tensors):
     """For transformers: a GPT2LMHeadModel, or GPT2ForSequenceClassification if there is a "score.weight"."""
-    scorer, tokenizer = "score.weight" in tensors, Tokenizer(config["tokenizer"])
+    folder, scorer, tokenizer = Path(folder), "score.weight" in tensors, Tokenizer(config["tokenizer"])
     written = {"model_type": "gpt2",
                "architectures": ["GPT2ForSequenceClassification" if scorer else "GPT2LMHeadModel"],
                "vocab_size": config["vocab_size"], "n_positions": config["n_positions"],
