@@ -274,17 +274,24 @@ class OffloadedAdamW:
 
     @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
-        """Clip by the global norm (0: do not), update, copy the weights back -> the norm before clipping."""
+        """Clip by the global norm (0: do not), update, copy the weights back -> the norm before clipping. If
+        that is not finite, nothing changes."""
         norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters])
         if WORLD > 1:
             norm = norm.new_tensor(all_reduce_sum(norm.item() ** 2)[0] ** 0.5)
+        if not math.isfinite(norm.item()):
+            return norm.item()
         torch.nn.utils.clip_grads_with_norm_(self.masters, grad_clip or float("inf"), norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=False)
+        self.zero_grad()
         self._update_weights()
         return norm.item()
+
+    def zero_grad(self):
+        """Forget the gradients since the last step."""
+        self.adamw.zero_grad(set_to_none=False)
 
     def _update_weights(self):
         for weight, master in zip(self.weights, self.masters):

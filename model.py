@@ -73,14 +73,17 @@ def attend(q, k, v, mask=None):
     mask (B, 1, 1, S) says which keys a row may see. Without it S = T and attention is causal, which also
     hides padding: that is on the right, in the future of every real token.
     """
-    if mask is not None or q.device.type != "cpu" or q.size(2) > 512:
+    formula = q.device.type == "mps" or q.device.type == "cpu" and mask is None and q.size(2) <= 512
+    if not formula:
         # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
         return y.to(q.dtype)
-    # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows.
-    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool).triu(1)  # (T, T)
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
-    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows;
+    # on Apple's MPS it gives wrong numbers for strided 16-bit inputs (pytorch#163597, #181133).
+    hidden = ~mask if mask is not None else \
+        torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)  # (T, S)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -370,6 +373,12 @@ def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=
                                                       generator=rng(seed, i)), prompts, batch)
 
 
+def passes(row, reply, tokenizer):
+    """Is the reply, a list of ids, good: does it end, has it no other control token, does its text match?"""
+    whole = reply[-1] == tokenizer.end and all(t < tokenizer.user for t in reply[:-1])
+    return whole and passes_check(row, tokenizer.decode(reply))
+
+
 def passes_check(row, text):
     """Does the reply match the row's check, a regular expression, in full? Training uses it only in
     ppo.py --reward=check."""
@@ -383,22 +392,24 @@ def gold_score(model, tokenizer, rows, max_new_tokens, seed, batch):
         return None
     prompts = [tokenizer.prompt(row["prompt"], model.cfg.n_positions - max_new_tokens) for row in rows]
     replies = generate_many(model, prompts, max_new_tokens, tokenizer.end, seed, batch)
-    return sum(passes_check(row, tokenizer.decode(reply)) for row, reply in zip(rows, replies)) / len(rows)
+    return sum(passes(row, reply, tokenizer) for row, reply in zip(rows, replies)) / len(rows)
 
 
 # --- loading, saving, and what of a model is trained --------------------------------------------------------
 
-def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
-    """A folder in the hub's layout, or a name of hub.SIZES -> cls. A Scorer made from a language model gets a
-    fresh head, drawn from `seed`."""
+def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=None):
+    """A folder in the hub's layout, or a name of hub.SIZES -> cls, GPT from a language model, Scorer from a
+    reward model. With head_seed a Scorer is made from a language model, its head drawn from that seed."""
     with first_process_first():  # one download is enough
         folder = hub.find(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
     config, tensors = hub.read(folder)
     model = cls(GPTConfig(**config))
-    if cls is Scorer and "score.weight" not in tensors:
-        tensors["score.weight"] = model.initialize_head(rng(seed, "head")).score.weight.detach()
-    if cls is GPT:
-        tensors.pop("score.weight", None)
+    found, wanted = (("language model", "reward model")[x] for x in (
+        "score.weight" in tensors, cls is Scorer and head_seed is None))
+    require(found == wanted, f"{folder}: a {found}, where a {wanted} is needed. sft.py and ppo.py write "
+            "language models, reward.py reward models.")
+    if head_seed is not None and cls is Scorer:
+        tensors["score.weight"] = model.initialize_head(rng(head_seed, "head")).score.weight.detach()
     wanted, found = ({(name, t.shape) for name, t in x.items()} for x in (model.state_dict(), tensors))
     wrong = sorted({name for name, _ in wanted ^ found})
     require(not wrong, f"{folder}: keys missing, unexpected or of another shape than config.json says: "
@@ -410,6 +421,8 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
 def merged(model):
     """model's whole state_dict() with LoRA merged in, W + B A. Only matrices with adapters become float32."""
     state = {name: full_tensor(local(t), t) for name, t in model.state_dict().items()}
+    if any(name.endswith("lora_a") for name in state):  # float32 copies: on the host, where there is room
+        state = {name: t.cpu() for name, t in state.items()}
     for name in [name for name in state if name.endswith("lora_a")]:
         weight = name.replace("lora_a", "weight")
         lora_delta = state.pop(name.replace("lora_a", "lora_b")).float() @ state.pop(name).float()
@@ -436,7 +449,7 @@ def make_model(cfg, cls, device, dtype):
         if not cfg.dry_run:
             model.initialize(rng(cfg.seed, "init"))
     elif not cfg.dry_run:
-        model = load_model(cfg.init, cls, seed=cfg.seed)
+        model = load_model(cfg.init, cls, head_seed=cfg.seed)  # the one place where a head is made
     elif cfg.init in hub.SIZES:
         model = cls(GPTConfig(VOCAB_SIZE["gpt2"], 1024, *hub.SIZES[cfg.init], "gpt2"))
     else:

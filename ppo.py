@@ -26,7 +26,7 @@ from data.run import Run, check_flags, memory_gb, parse_flags, pick_device, requ
 from data.tokenizer import encode_demonstration
 from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, token_logprobs, unsharded
 from model import (GPT, Scorer, exported, frozen_copy, generate, generate_many, load_model, make_model,
-                   make_optimizer, negative_log_likelihood, passes_check, setup_training)
+                   make_optimizer, negative_log_likelihood, passes, setup_training)
 
 
 @dataclass(slots=True)
@@ -56,13 +56,15 @@ class Config:
     grad_clip: float = 1.0      # global norm, of actor and critic each
     kl_coef: float = 0.05       # score that a nat of KL from stage 1 costs
     kl_target: float = 0.0      # nats per reply; above 0 kl_coef adapts to hold it
+    kl_horizon: int = 1000      # replies in which it can change by a fifth (Ziegler et al.: 10,000)
     gamma: float = 1.0          # discount per token
     lam: float = 0.95           # GAE's lambda
     clip: float = 0.2           # of the probability ratio
+    target_kl: float = 0.02     # approximate KL from the rollout's policy at which the actor rests; 0: never
     value_clip: float = 0.2
     value_coef: float = 0.5
     score_clip: float = 5.0
-    missing_eos_penalty: float = 1.0    # a reply without <|end|> scores minus this, whatever it says
+    missing_eos_penalty: float = 1.0    # a reply without <|end|> scores this below the rollout's worst; 0: no
     ptx_coef: float = 0.0       # weight of stage 1's loss on stage 1's data, against forgetting
     best_of_n: int = 16         # the yardstick in the last evaluation
     eval_prompts: int = 600     # held-out prompts in the last evaluation
@@ -197,20 +199,25 @@ def map_microbatches(function, batch, size):
     return [torch.cat(x).to(batch["idx"].device) for x in zip(*parts)]
 
 
-def texts(batch, tokenizer):
-    return [tokenizer.decode(t[t >= 0].tolist()) for t in batch["targets"]]
+def replies_of(batch):
+    """-> lists of ids."""
+    return [[t for t in row if t >= 0] for row in batch["targets"].tolist()]
 
 
-def score_replies(batch, reward_model, rows, tokenizer, cfg):
-    """-> (B,): clipped scores from the reward model or the rows' checks; -penalty for a reply without an end.
-    """
+def score_replies(batch, reward_model, rows, tokenizer):
+    """-> (B,): scores from the reward model, or 1 for a reply that passes its row's check and 0 otherwise."""
     if reward_model:
-        scores = reward_model.last(batch["idx"], batch["lengths"])
-    else:
-        passed = [float(passes_check(row, text)) for row, text in zip(rows, texts(batch, tokenizer))]
-        scores = torch.tensor(passed).to(batch["idx"].device)
+        return reward_model.last(batch["idx"], batch["lengths"])
+    passed = [float(passes(row, reply, tokenizer)) for row, reply in zip(rows, replies_of(batch))]
+    return torch.tensor(passed).to(batch["idx"].device)
+
+
+def clip_scores(scores, ended, cfg):
+    """Scores (B,) clipped to +-score_clip; a reply that did not end scores missing_eos_penalty less than the
+    worst of the batch. (A fixed score for it would pay off wherever an ended reply can score lower.)"""
     scores = scores.clamp(-cfg.score_clip, cfg.score_clip)
-    return torch.where(batch["ended"], scores, -cfg.missing_eos_penalty)
+    return torch.where(ended, scores, scores.min() - cfg.missing_eos_penalty) if cfg.missing_eos_penalty \
+        else scores
 
 
 def sample_replies(step, prompts, actor, tokenizer, cfg):
@@ -247,13 +254,14 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
 
     def frozen(b, part):
         return [policy_logprobs(reference, b, cfg.temperature)[0],
-                score_replies(b, reward_model, rows[part], tokenizer, cfg)]
+                score_replies(b, reward_model, rows[part], tokenizer)]
 
     keep_graph = size == len(rows) and WORLD == 1 and not cfg.checkpoint and cfg.offload == "none"
     with torch.set_grad_enabled(keep_graph):
         logprobs, batch["entropy"], values = map_microbatches(learning, batch, size)
     batch["logprobs"], batch["values"] = logprobs.detach(), values.detach()
-    batch["ref_logprobs"], batch["scores"] = map_microbatches(frozen, batch, size)
+    batch["ref_logprobs"], scores = map_microbatches(frozen, batch, size)
+    batch["scores"] = clip_scores(scores, batch["ended"], cfg)
     batch["kl"] = batch["logprobs"] - batch["ref_logprobs"]
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
@@ -276,32 +284,30 @@ def trace(batch, tokenizer):
 
 # --- update -------------------------------------------------------------------------------------------------
 
-TARGET_KL = 0.02  # approximate KL from the rollout's policy at which the passes over a batch end early
-
-
 def minibatches(n, cfg, generator):
     """Row numbers of each gradient step: all n rows, reshuffled in each of `epochs` passes."""
     for _ in range(cfg.epochs):
         yield from torch.randperm(n, generator=generator).split(cfg.minibatch)
 
 
-def ppo_gradients(batch, minibatch, first_pass, models, cfg):
+def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
     """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics: this process's part of their
     means over the minibatch's reply tokens."""
-    stats, n = defaultdict(float), batch["mask"][minibatch].sum().item()
+    stats, n = defaultdict(float), batch["mask"][minibatch].sum()
     # The batch is sorted by length: neighbours need little padding.
     for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg)):
         b = slice_batch(batch, part)
-        logprobs = first_pass[0] if first_pass else policy_logprobs(models.actor, b, cfg.temperature)[0]
-        loss, *sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
-        (loss / n).backward()  # before the critic begins: one network's activations at a time
+        if actor_learns:
+            logprobs = first_pass[0] if first_pass else policy_logprobs(models.actor, b, cfg.temperature)[0]
+            sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
+            (sums[0] / n).backward()  # before the critic begins: one network's activations at a time
+            for name, x in zip(("policy_loss", "clip_fraction", "approx_kl", "ratio"), sums):
+                stats[name] += x.detach() / n
         values = first_pass[1] if first_pass else models.critic.values(b["idx"])
-        v_loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
-        (cfg.value_coef * v_loss / n).backward()
-        for name, x in zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio"),
-                           (loss, v_loss, *sums)):
-            stats[name] += x.item() / n
-    return stats
+        loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
+        (cfg.value_coef * loss / n).backward()
+        stats["value_loss"] += loss.detach() / n
+    return dict(zip(stats, torch.stack([*stats.values()]).tolist()))  # one transfer from the device
 
 
 def ptx_gradients(actor, demonstrations, generator, cfg):
@@ -320,35 +326,40 @@ def ptx_gradients(actor, demonstrations, generator, cfg):
 
 def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg):
     """Learn from rollout number `step` -> statistics: means over the gradient steps; `updates`: how many
-    there were; `ratio_first`: the first one's ratio."""
-    generator, history = rng(cfg.seed, "update", step), []
+    steps the actor took; `ratio_first`: its first ratio.
+
+    Where the policy has moved by target_kl from the one that spoke, its gradient is dropped and it rests
+    until the next rollout; the critic takes all its steps.
+    """
+    generator, history, updates, actor_learns = rng(cfg.seed, "update", step), defaultdict(list), 0, True
     phase("update")
     for minibatch in minibatches(len(batch["idx"]), cfg, generator):
-        stats = ppo_gradients(batch, minibatch.to(batch["idx"].device), first_pass, models, cfg)
+        stats = ppo_gradients(batch, minibatch.to(batch["idx"].device), first_pass, models, actor_learns, cfg)
         first_pass = None  # the weights change now
-        if cfg.ptx_coef:
+        if cfg.ptx_coef and actor_learns:
             stats["ptx_loss"] = ptx_gradients(models.actor, demonstrations, generator, cfg)
         stats = dict(zip(stats, all_reduce_sum(*stats.values())))
-        require(math.isfinite(stats["policy_loss"] + stats["value_loss"]),
-                f"rollout {step + 1}: the loss is not finite. Lower --lr. {cfg.out} keeps the last good "
-                "checkpoint.")
-        stats["grad_norm"] = optimizers["actor"].step(lr, cfg.grad_clip)
-        optimizers["critic"].step(lr, cfg.grad_clip)
-        history.append(stats)
-        if stats["approx_kl"] > TARGET_KL:
-            break
-    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
-    del means["ratio"]
-    return means | {"ratio_first": history[0]["ratio"], "updates": len(history)}
+        if actor_learns and 0 < cfg.target_kl < stats["approx_kl"]:
+            actor_learns = False
+            optimizers["actor"].zero_grad()
+        elif actor_learns:
+            stats["grad_norm"], updates = optimizers["actor"].step(lr, cfg.grad_clip), updates + 1
+        stats["value_grad_norm"] = optimizers["critic"].step(lr, cfg.grad_clip)
+        for name, value in stats.items():
+            require(math.isfinite(value), f"rollout {step + 1}: {name} is {value}. Lower --lr. {cfg.out} "
+                                          "keeps the last good checkpoint.")
+            history[name].append(value)
+    ratio_first = history.pop("ratio")[0]
+    means = {name: sum(values) / len(values) for name, values in history.items()}
+    return means | {"ratio_first": ratio_first, "updates": updates}
 
 
 def update_kl_coef(kl_coef, kl, cfg):
-    """The proportional controller of Ziegler et al. 2019, section 2.2: error clipped to +-0.2, their code's
-    horizon of 10,000 replies."""
+    """The proportional controller of Ziegler et al. 2019, section 2.2: error clipped to +-0.2."""
     if cfg.kl_target <= 0:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * cfg.batch / 10_000)
+    return kl_coef * (1 + error * cfg.batch / cfg.kl_horizon)
 
 
 def linear_lr(step, cfg):
@@ -389,9 +400,8 @@ def health_warnings(log, dtype):
 
 @torch.no_grad()
 def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
-    """The policy answers `rows` -> (replies, scores (N,), KL from the reference, nats a reply (N,)), on the
-    CPU."""
-    cfg = replace(cfg, score_clip=math.inf)  # so that high scores can be compared
+    """The policy answers `rows` -> (replies, lists of ids; scores (N,); KL from the reference, nats a reply
+    (N,)), on the CPU."""
     at_once = cfg.batch if cfg.microbatch else 2 * cfg.batch
     replies = generate_many(model, [row["ids"] for row in rows], cfg.max_new_tokens, tokenizer.end, seed,
                             at_once, cfg.temperature)
@@ -399,7 +409,7 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
     def measure(pairs, _):  # (row, reply) -> (score, KL)
         rows, replies = zip(*pairs)
         batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
-        scores = score_replies(batch, reward_model, rows, tokenizer, cfg)
+        scores = score_replies(batch, reward_model, rows, tokenizer)
         kl = torch.zeros_like(scores)
         if model is not reference:
             logprobs, ref_logprobs = (policy_logprobs(net, batch, cfg.temperature)[0]
@@ -408,19 +418,27 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
         return torch.stack([scores, kl], 1).tolist()
     measured = map_by_length(measure, list(zip(rows, replies)), microbatch_size(cfg),
                              length=lambda pair: len(pair[0]["ids"]) + len(pair[1]))
-    return [tokenizer.decode(reply) for reply in replies], *torch.tensor([*zip(*measured)])
+    scores, kl = torch.tensor([*zip(*measured)])
+    ended = torch.tensor([reply[-1] == tokenizer.end for reply in replies])
+    # unclipped, so that high scores can be compared
+    return replies, clip_scores(scores, ended, replace(cfg, score_clip=math.inf)), kl
 
 
-def gold(rows, replies):
-    """The share of replies that pass their check; None unless every row has one."""
-    return sum(map(passes_check, rows, replies)) / len(rows) if all("check" in row for row in rows) else None
+def gold(rows, replies, tokenizer):
+    """The share of replies (lists of ids) that pass their check; None unless every row has one."""
+    if not all("check" in row for row in rows):
+        return None
+    return sum(passes(row, reply, tokenizer) for row, reply in zip(rows, replies)) / len(rows)
 
 
 def win_rate(ours, theirs):
-    """Per-prompt results (N,) -> (rate, low, high): a tie counts as half, the interval holds 95 %."""
-    won = (ours > theirs).double() + 0.5 * (ours == theirs).double()
-    margin = 1.96 * won.std().item() / math.sqrt(len(won)) if len(won) > 1 else 1.0
-    return won.mean().item(), max(0.0, won.mean().item() - margin), min(1.0, won.mean().item() + margin)
+    """Per-prompt results (N,) -> (rate, low, high): a tie counts as half; the interval is Wilson's (1927, of
+    95 %), which stays honest for few prompts and for rates of 0 and 1."""
+    n, z = len(ours), 1.96
+    rate = ((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean().item()
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    margin = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return rate, middle - margin, middle + margin
 
 
 def evaluate(models, rows, tokenizer, cfg):
@@ -433,16 +451,17 @@ def evaluate(models, rows, tokenizer, cfg):
     n = cfg.best_of_n
     many, many_scores, _ = answers(models.reference, [row for row in rows for _ in range(n)], cfg.seed + 3)
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
-    passed = lambda replies: torch.tensor([float(passes_check(*pair)) for pair in zip(rows, replies)])
-    has_gold = gold(rows, before) is not None
+    passed = lambda replies: torch.tensor([float(passes(*pair, tokenizer)) for pair in zip(rows, replies)])
+    has_gold = gold(rows, before, tokenizer) is not None
     rate, low, high = win_rate(*(map(passed, (after, before)) if has_gold else (after_scores, before_scores)))
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]
-        print(f"    {question!r}\n        {before[i]!r} ({before_scores[i]:+.2f})\n"
-              f"     -> {after[i]!r} ({after_scores[i]:+.2f})")
-    return {"gold_before": gold(rows, before), "gold_after": gold(rows, after),
-            "gold_best_of_n": gold(rows, best),
+        print(f"    {question!r}\n        {tokenizer.decode(before[i])!r} ({before_scores[i]:+.2f})\n"
+              f"     -> {tokenizer.decode(after[i])!r} ({after_scores[i]:+.2f})")
+    golds = {name: gold(rows, replies, tokenizer) for name, replies in (
+        ("gold_before", before), ("gold_after", after), ("gold_best_of_n", best))}
+    return {**golds,
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
             "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}
@@ -455,6 +474,8 @@ def check_ppo_flags(cfg):
     require(0 < cfg.max_new_tokens < cfg.block_size,
             f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
             f"--block_size={cfg.block_size}.")
+    require(cfg.kl_coef > 0 or not cfg.kl_target,
+            f"--kl_target={cfg.kl_target} multiplies --kl_coef={cfg.kl_coef}, which would stay 0.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
 
 
@@ -466,7 +487,7 @@ def load_prompts(cfg, tokenizer):
         ids = tokenizer.prompt(row["prompt"], 10**9)  # uncut
         row["ids"], trimmed = ids[-max_prompt_tokens:], trimmed + (len(ids) > max_prompt_tokens)
     require(out[0], f"{cfg.data}: no prompts.")
-    require(cfg.reward != "check" or all("check" in row for row in out[0]),
+    require(cfg.reward != "check" or all("check" in row for row in out[0] + out[1]),
             f"--reward=check: some prompts of {cfg.data} have no \"check\".")
     print(f"{len(out[0]):,} prompts, {len(out[1]):,} held out; "
           f"{trimmed} longer than {max_prompt_tokens} tokens lost their beginning")
@@ -518,7 +539,9 @@ def main(cfg):
         shard(model, device)
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
-                      encode_demonstration(row, tokenizer, cfg.block_size)] if cfg.ptx_coef else None
+                      encode_demonstration(row, tokenizer, cfg.block_size)
+                      if max(e[1]) >= 0] if cfg.ptx_coef else None
+    require(demonstrations != [], f"--ptx_coef: no row of {cfg.data} has anything to learn from.")
     print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} gradient "
           f"steps x {cfg.epochs} epochs, {cfg.steps} times")
 
@@ -539,9 +562,9 @@ def main(cfg):
             lr = linear_lr(step, cfg)
             log = update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
 
-            done, replies = step + 1, texts(batch, tokenizer)
+            done, replies = step + 1, replies_of(batch)
             log |= rollout_statistics(batch) | {
-                "gold": gold(rows, replies), "kl_coef": kl_coef, "lr": lr,
+                "gold": gold(rows, replies, tokenizer), "kl_coef": kl_coef, "lr": lr,
                 "tokens_per_s": batch["mask"].sum().item() / (time.time() - clock),
                 "seconds": time.time() - run.clock, "memory_gb": memory_gb(device)}
             kl_coef = update_kl_coef(kl_coef, log["kl"], cfg)
@@ -557,7 +580,8 @@ def main(cfg):
                 say(f"    warning: {warning}")
             if done % cfg.eval_every == 0:
                 for i in range(0, len(rows), math.ceil(len(rows) / 3)):  # a short, a middling, a long prompt
-                    say(f"    {rows[i]['prompt'][-1]['content'][-200:]!r} -> {replies[i]!r} "
+                    question, reply = rows[i]["prompt"][-1]["content"][-200:], tokenizer.decode(replies[i])
+                    say(f"    {question!r} -> {reply!r} "
                         f"(score {batch['scores'][i]:+.2f}, kl {batch['kl'][i].sum():.2f})")
             if run.save_due(done):
                 run.save(done, *exported(models.actor), **optimizers, kl_coef=kl_coef)

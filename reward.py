@@ -55,24 +55,31 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode_pair(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the two dialogues, the last block_size of each."""
-    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}]
-                 for side in ("chosen", "rejected"))
-    return tuple(tokenizer.render(dialogue)[0][-block_size:] for dialogue in dialogues)
+    """-> (chosen, rejected): ids of the two dialogues. A prompt that is too long loses its beginning, as much
+    as the longer reply asks for, in both; None if that is all of it."""
+    prompt = tokenizer.render(row["prompt"])[0]
+    replies = [tokenizer.render([{"role": "assistant", "content": row[side]}])[0]
+               for side in ("chosen", "rejected")]
+    room = block_size - max(map(len, replies))
+    return tuple(prompt[-room:] + reply for reply in replies) if room > 0 else None
 
 
 def load_pairs(cfg, tokenizer):
     """-> (train rows, val rows), each row with its `ids`. Ties teach nothing and are dropped."""
-    out = []
+    out, cut = [], 0
     for rows in prepare.load(cfg.data, "preferences"):
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
             row["ids"] = encode_pair(row, tokenizer, cfg.block_size)
-        # dialogues that differ only in what was cut off are a tie, too
-        out.append([row for row in rows if row["ids"][0] != row["ids"][1]])
-        if len(out[-1]) < len(rows):
-            print(f"dropped {len(rows) - len(out[-1])} pairs of equal replies")
-    require(out[0], f"{cfg.data}: no pair to learn from.")
-    print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out")
+        fit = [row for row in rows if row["ids"]]
+        out.append([row for row in fit if row["ids"][0] != row["ids"][1]])
+        cut += sum(row["ids"][0][0] != tokenizer.user for row in out[-1])  # it begins a whole dialogue
+        for n, what in ((len(rows) - len(fit), f"whose longer reply alone fills {cfg.block_size} tokens"),
+                        (len(fit) - len(out[-1]), "of equal replies")):
+            if n:
+                print(f"dropped {n:,} pairs {what}")
+    require(out[0], f"{cfg.data}: no pair to learn from at --block_size={cfg.block_size}.")
+    print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out; in {cut:,} the prompt lost its beginning to fit "
+          f"{cfg.block_size} tokens")
     return out
 
 
@@ -160,7 +167,8 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
     replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
-    scores = map_by_length(lambda rows, _: score(model, rows, device).tolist(), rows, cfg.batch)
+    scores = map_by_length(lambda rows, _: score(model, rows, device).tolist(), rows,
+                           cfg.microbatch or cfg.batch)
     return torch.tensor(scores).mean().item()
 
 
@@ -210,9 +218,9 @@ def main(cfg):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, device)
             right += correct
-            run.check_loss(step, loss)
             lr = cosine_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
+            run.check_finite(step, loss=loss, grad_norm=norm)
             seen += sum(len(ids) for pair in batch for ids in pair)
             recent += len(batch)
 

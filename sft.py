@@ -61,18 +61,20 @@ def count_targets(examples):
 
 def load_examples(cfg, tokenizer):
     """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""
-    splits, encoded = prepare.load(cfg.data, "sft"), []
+    splits, encoded, cut = prepare.load(cfg.data, "sft"), [], 0
     for rows in splits:
         examples = [example for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET)
                     for example in encode_demonstration(row, tokenizer, cfg.block_size)]
         encoded.append([example for example in examples if count_targets([example])])
+        # the first position of a whole dialogue is <|user|>
+        cut += sum(idx[0] != tokenizer.user for idx, _ in examples) if rows and "messages" in rows[0] else 0
         if len(encoded[-1]) < len(examples):
             print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")
     train, val = encoded
     require(train, f"{cfg.data}: no row has anything to learn from at --block_size={cfg.block_size}.")
     tokens, learned = sum(len(idx) for idx, _ in train), count_targets(train)
     print(f"{len(train):,} rows, {tokens:,} tokens, {100 * learned / tokens:.0f} % of them with a loss; "
-          f"{len(val):,} rows held out")
+          f"{len(val):,} rows held out; {cut:,} longer than {cfg.block_size} tokens lost their beginning")
     is_text = all("text" in row for row in splits[1])
     return train, val, sum(len(row["text"]) for row in splits[1]) if is_text else 0
 
@@ -100,15 +102,19 @@ def print_samples(model, tokenizer, prompts, val, cfg, n=4):
 
 # --- training -----------------------------------------------------------------------------------------------
 
-def learn(model, batch, cfg, device):
-    """Gradients of the mean loss over a batch of (idx, targets); returns that mean."""
-    loss, size, mine = 0.0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
-    n = count_targets(batch)  # of the whole batch: neither micro-batches nor processes change the gradient
+def learn(model, batch, n, cfg, device):
+    """Gradients of the summed loss over a batch of (idx, targets), divided by n; returns the batch's own
+    mean, in nats a target.
+
+    n is how many targets a batch has on average. Rows of one batch are of similar length: divided by the
+    batch's own number of targets, a token of a short reply would weigh many times one of a long reply.
+    """
+    total, size, mine = 0.0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
     for i in range(0, len(mine), size):
-        microbatch_loss = negative_log_likelihood(model, mine[i:i + size], device)[0].sum() / n
-        microbatch_loss.backward()
-        loss += microbatch_loss.item()
-    return all_reduce_sum(loss)[0]
+        nll = negative_log_likelihood(model, mine[i:i + size], device)[0].sum()
+        (nll / n).backward()
+        total += nll.item()
+    return all_reduce_sum(total)[0] / count_targets(batch)
 
 
 def dry_iteration(cfg, device, dtype):
@@ -116,7 +122,8 @@ def dry_iteration(cfg, device, dtype):
     model, _ = make_model(cfg, GPT, device, dtype)
     optimizer = make_optimizer(model, cfg)
     phase("update")
-    learn(model, [([0] * cfg.block_size, [0] * cfg.block_size)] * cfg.batch, cfg, device)
+    batch = [([0] * cfg.block_size, [0] * cfg.block_size)] * cfg.batch
+    learn(model, batch, cfg.batch * cfg.block_size, cfg, device)
     optimizer.step(cfg.lr, cfg.grad_clip)
 
 
@@ -130,6 +137,7 @@ def main(cfg):
     train, val, val_characters = load_examples(cfg, tokenizer)
     prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
     lengths = tuple(len(idx) for idx, _ in train)
+    n = count_targets(train) / len(train) * cfg.batch
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} rows = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
@@ -139,15 +147,15 @@ def main(cfg):
         optimizer.load_state_dict(run.state["optimizer"])
     say, clock, seen = tqdm.write, time.time(), 0
     if not run.start and val:
-        nll, n = validate(model, val, cfg, device)
-        say(f"before training: val_loss {nll / n:.4f} (ln V = {math.log(model.cfg.vocab_size):.4f})")
+        nll, targets = validate(model, val, cfg, device)
+        say(f"before training: val_loss {nll / targets:.4f} (ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
         for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
-            loss = learn(model, batch, cfg, device)
-            run.check_loss(step, loss)
+            loss = learn(model, batch, n, cfg, device)
             lr = cosine_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
+            run.check_finite(step, loss=loss, grad_norm=norm)
             seen += sum(len(idx) for idx, _ in batch)
 
             done = step + 1
@@ -160,16 +168,16 @@ def main(cfg):
                         memory_gb=memory_gb(device))
             if done % cfg.eval_every == 0 and done < cfg.steps:
                 if val:
-                    nll, n = validate(model, val, cfg, device)
-                    say(f"step {done:5}/{cfg.steps} | val_loss {nll / n:.4f}")
-                    run.log(step=done, val_loss=nll / n)
+                    nll, targets = validate(model, val, cfg, device)
+                    say(f"step {done:5}/{cfg.steps} | val_loss {nll / targets:.4f}")
+                    run.log(step=done, val_loss=nll / targets)
                 print_samples(model, tokenizer, prompts, val, cfg)
                 clock, seen = time.time(), 0
             if run.save_due(done):
                 run.save(done, *exported(model), optimizer=optimizer)
 
-    nll, n = validate(model, val, cfg, device) if val else (None, None)
-    summary = {"val_loss": nll / n if val else None,
+    nll, targets = validate(model, val, cfg, device) if val else (None, None)
+    summary = {"val_loss": nll / targets if val else None,
                "gold": gold_score(model, tokenizer, prompts, cfg.block_size // 2, cfg.seed,
                                   cfg.microbatch or 4 * cfg.batch)}
     if val_characters:

@@ -1238,9 +1238,10 @@ def test_the_clipped_objective_stops_pushing_beyond_the_clip():
 def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
     batch = ppo.as_batch([[5]] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]], TINY.end, CPU)
     reward_model = mock.Mock(last=lambda idx, lengths: torch.tensor([9.0, 3.0, -0.5]))
-    cfg = ppo.Config(score_clip=5.0, missing_eos_penalty=1.0)
-    scores = ppo.score_replies(batch, reward_model, None, None, cfg)
-    assert scores.tolist() == [5.0, -1.0, -0.5]
+    scores = ppo.score_replies(batch, reward_model, None, None)
+    clipped = lambda **cfg: ppo.clip_scores(scores, batch["ended"], ppo.Config(score_clip=5.0, **cfg)).tolist()
+    assert clipped(missing_eos_penalty=1.0) == [5.0, -1.5, -0.5]  # below every reply that ended
+    assert clipped(missing_eos_penalty=0.0) == [5.0, 3.0, -0.5]
 
 def test_equal_rewards_give_no_advantage_and_no_nan():
     close(ppo.whiten(torch.full((3, 4), 2.0), torch.ones(3, 4, dtype=torch.bool)), torch.zeros(3, 4), 1e-3)
@@ -1256,14 +1257,24 @@ def test_small_differences_keep_their_digits_in_k3_and_approx_kl():
     assert (x.exp() - 1 - x < 0).float().mean() > 0.05  # the mistake: the digits cancel
 
 def test_adaptive_kl_moves_towards_its_target():
-    cfg = ppo.Config(kl_target=6.0, batch=100)
-    close(ppo.update_kl_coef(0.1, 60.0, cfg), 0.1 * (1 + 0.2 * 100 / 10_000), 5e-8)
-    assert ppo.update_kl_coef(0.1, 1.0, cfg) < 0.1
+    cfg = ppo.Config(kl_target=6.0, batch=100, kl_horizon=2000)
+    close(ppo.update_kl_coef(0.1, 60.0, cfg), 0.1 * (1 + 0.2 * 100 / 2000), 5e-8)
+    close(ppo.update_kl_coef(0.1, 6.6, cfg), 0.1 * (1 + 0.1 * 100 / 2000), 5e-8)
+    close(ppo.update_kl_coef(0.1, 1.0, cfg), 0.1 * (1 - 0.2 * 100 / 2000), 5e-8)
     assert ppo.update_kl_coef(0.1, 60.0, ppo.Config(kl_target=0.0)) == 0.1
 
-def test_an_update_ends_early_when_the_policy_has_moved_enough():
-    cfg, models, batch, _ = a_rollout(epochs=50)
-    assert update(cfg, models, batch, lr=1e-2)["updates"] < 100
+def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
+    ends = []
+    for target_kl, allowed in ((0.02, None), (1e-9, None), (0.0, 100)):
+        cfg, models, batch, _ = a_rollout(epochs=50, target_kl=target_kl)
+        before = weights_of(models.actor)
+        with mock.patch.object(OffloadedAdamW, "step", autospec=True, side_effect=OffloadedAdamW.step) as spy:
+            statistics = update(cfg, models, batch, lr=1e-3)
+        rate = 100 + statistics["updates"]
+        assert spy.call_count == rate and (allowed is None) == (statistics["updates"] < 100)
+        ends.append((statistics["updates"], apart(before, weights_of(models.actor))))
+    assert ends[1][0] == 1  # the second minibatch sees a policy that has moved: that step is not taken
+    assert ends[0][1] < ends[2][1]
 
 def test_micro_batches_do_not_change_ppos_update():
     after = []
@@ -1292,12 +1303,20 @@ def test_k1_and_policy_start_at_zero_distance():
     _, _, batch, _ = a_rollout(temperature=0.7)
     assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
 
-def test_win_rate_counts_ties_as_half():
-    rate, low, high = ppo.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))
-    assert 0 <= low < rate == 0.625 < high <= 1
-    checks = [{"check": "a+"}, {"check": "b"}]
-    assert ppo.gold(checks, ["aa", "c"]) == 0.5
-    assert ppo.gold([*checks, {}], ["aa", "b", "b"]) is None  # some rows without a check
+def test_win_rate_counts_ties_as_half_and_its_interval_is_wilsons():
+    assert ppo.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))[0] == 0.625
+    # 8 of 8 and 5 of 10, from Wilson's formula worked by hand
+    for ours, *want in ([1.0] * 8, 1, 0.6756, 1), ([1.0] * 5 + [-1.0] * 5, 0.5, 0.2366, 0.7634):
+        close(torch.tensor(ppo.win_rate(torch.tensor(ours), torch.zeros(len(ours)))), want, 1e-4)
+
+def test_gold_counts_replies_that_match_in_full_and_end():
+    say = lambda text, *last: [*TINY.encode(text), *last]
+    rows = [{"check": "a+"}] * 5
+    replies = [say("aa", TINY.end), say("ab", TINY.end), say("ba", TINY.end), say("aa"),
+               say("a", TINY.user, TINY.end)]
+    assert [m.passes(row, reply, TINY) for row, reply in zip(rows, replies)] == [True] + [False] * 4
+    assert ppo.gold(rows, replies, TINY) == 0.2
+    assert ppo.gold([*rows, {}], [*replies, replies[0]], TINY) is None  # some rows without a check
 
 def test_health_signs_are_named():
     healthy = dict(ratio_first=1.0, eos_rate=0.9, entropy=1.0, kl=2.0)

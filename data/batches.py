@@ -35,7 +35,8 @@ def batches(lengths, batch, seed, epoch):
     generator = rng(seed, "batches", epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     order = list(islice(cycle(order), math.ceil(len(order) / batch) * batch))
-    pool = 50 * batch  # sorting all rows at once would make every epoch's batches alike
+    # sorting all rows at once would make every epoch's batches alike: 50 batches, or a quarter of the rows
+    pool = batch * max(1, min(50, len(order) // batch // 4))
     for i in range(0, len(order), pool):
         order[i:i + pool] = sorted(order[i:i + pool], key=lambda row: lengths[row])
     out = [order[i:i + batch] for i in range(0, len(order), batch)]

@@ -51,10 +51,11 @@ def require(condition, message):
 
 
 RULES = [  # flags, what their values have to pass, and the same in words
-    ("steps batch minibatch epochs block_size n_layer n_head n_embd log_every eval_every save_every "
+    ("block_size", lambda x: x >= 2, "at least 2"),
+    ("steps batch minibatch epochs kl_horizon n_layer n_head n_embd log_every eval_every save_every "
      "best_of_n eval_prompts", lambda x: x >= 1, "at least 1"),
     ("microbatch warmup weight_decay grad_clip seed lora_rank kl_coef kl_target value_coef ptx_coef "
-     "missing_eos_penalty max_new_tokens temperature", lambda x: x >= 0, "at least 0"),
+     "missing_eos_penalty target_kl max_new_tokens temperature", lambda x: x >= 0, "at least 0"),
     ("score_clip clip value_clip", lambda x: x > 0, "above 0"),
     ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
@@ -218,9 +219,12 @@ class Run:
         total = self.cfg["steps"]
         return tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET)
 
-    def check_loss(self, step, loss):
-        require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower --lr or raise --warmup. "
-                                     f"{self.out} keeps the last good checkpoint.")
+    def check_finite(self, step, **numbers):
+        """Stop, before anything is saved, if a loss or a gradient's norm is not a number. (With such a norm
+        OffloadedAdamW.step changes no weight.)"""
+        for name, value in numbers.items():
+            require(math.isfinite(value), f"step {step + 1}: {name} is {value}. Lower --lr or raise "
+                                          f"--warmup. {self.out} keeps the last good checkpoint.")
 
     def log(self, **numbers):
         self.lines.append(json.dumps(numbers) + "\n")
