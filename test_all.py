@@ -715,6 +715,29 @@ def test_without_a_network_the_message_names_the_files():
     with mock.patch.object(tokenizer.tiktoken, "get_encoding", side_effect=OSError("no route")):
         refuses(lambda: Tokenizer("gpt2"), "TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
+def test_both_replies_of_a_pair_see_the_same_prompt(tmp_path):
+    question, longer = "a b c " * 20, "It is a very long story, and it does not end soon."
+    row = {"prompt": [user(question)], "chosen": longer, "rejected": "No."}
+    chosen, rejected = reward.encode_pair(row, TINY, 64)
+    reply = lambda text: [TINY.assistant, *TINY.encode(text), TINY.end]
+    kept = 64 - len(reply(longer))  # the longer reply fills what the prompt leaves
+    prompt = [TINY.user, *TINY.encode(question)][-kept:]
+    assert (chosen, rejected) == (prompt + reply(longer), prompt + reply("No.")) and len(chosen) == 64
+    assert reward.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
+    cfg = small(reward, tmp_path, block_size=12)
+    pairs, text = quiet(reward.load_pairs, cfg, TINY)
+    cut = sum(len(TINY.render(row["prompt"])[0]) + len(reply("It is blue.")) > 12
+              for rows in pairs for row in rows)
+    assert cut and f"in {cut} the prompt lost its beginning" in text
+    fits = len(reply("It is blue."))
+    refuses(lambda: reward.load_pairs(small(reward, tmp_path, block_size=fits), TINY), f"--block_size={fits}")
+
+def test_rows_of_a_small_set_meet_other_neighbours_in_the_next_epoch():
+    lengths = tuple(torch.randint(20, 250, (1500,), generator=rng(0)).tolist())
+    pairs = [{(a, b) for rows in batches.batches(lengths, 64, 0, epoch) for a in rows for b in rows if a < b}
+             for epoch in (0, 1)]
+    assert len(pairs[0] & pairs[1]) / len(pairs[0]) < 0.25  # all rows sorted at once: 0.7
+
 def test_text_becomes_windows_that_lose_no_token():
     text = "To be, or not to be, that is the question. " * 5
     windows = tokenizer.encode_demonstration({"text": text}, TINY, 16)
@@ -1164,6 +1187,24 @@ def test_pretraining_on_text_reports_loss_per_character(tmp_path):
     result, _ = run(sft, tmp_path, data=str(book), steps=3)
     assert 0 < result["val_loss_per_character"] < result["val_loss"]
 
+def test_every_target_weighs_the_same_whatever_its_batch():
+    net, cfg = tiny(), sft.Config(batch=2)
+    short, long = [([5, 6], [6, 7])] * 2, [(random_ids(20).tolist(), random_ids(20, seed=1).tolist())] * 2
+    grads = []
+    for batch in (short, long):
+        sft.learn(net, batch, 22, cfg, CPU)  # the two hold 4 and 40 targets: 22 on average
+        grads.append(net.wte.weight.grad.clone())
+        net.zero_grad()
+    for e in (*short, *long):
+        (m.negative_log_likelihood(net, [e], CPU)[0].sum() / 22).backward()
+    close(sum(grads), net.wte.weight.grad)
+
+def test_dialogues_that_lose_their_beginning_are_counted(tmp_path):
+    (_, _, _), text = quiet(sft.load_examples, small(sft, tmp_path, block_size=16), TINY)
+    rows = [row for rows in prepare.load(write_data(tmp_path / "data"), "sft") for row in rows]
+    longer = sum(len(TINY.render(row["messages"])[0]) - 1 > 16 for row in rows)
+    assert 0 < longer and f"{longer} longer than 16 tokens" in text
+
 def test_rows_with_nothing_to_learn_from_are_dropped_and_counted(tmp_path):
     cfg = small(sft, tmp_path)
     assert "dropped" not in quiet(sft.load_examples, cfg, TINY)[1]
@@ -1239,9 +1280,9 @@ def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
     batch = ppo.as_batch([[5]] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]], TINY.end, CPU)
     reward_model = mock.Mock(last=lambda idx, lengths: torch.tensor([9.0, 3.0, -0.5]))
     scores = ppo.score_replies(batch, reward_model, None, None)
-    clipped = lambda **cfg: ppo.clip_scores(scores, batch["ended"], ppo.Config(score_clip=5.0, **cfg)).tolist()
-    assert clipped(missing_eos_penalty=1.0) == [5.0, -1.5, -0.5]  # below every reply that ended
-    assert clipped(missing_eos_penalty=0.0) == [5.0, 3.0, -0.5]
+    for penalty, want in (1.0, [5.0, -1.5, -0.5]), (0.0, [5.0, 3.0, -0.5]):  # below every reply that ended
+        cfg = ppo.Config(score_clip=5.0, missing_eos_penalty=penalty)
+        assert ppo.clip_scores(scores, batch["ended"], cfg).tolist() == want
 
 def test_equal_rewards_give_no_advantage_and_no_nan():
     close(ppo.whiten(torch.full((3, 4), 2.0), torch.ones(3, 4, dtype=torch.bool)), torch.zeros(3, 4), 1e-3)
@@ -1379,6 +1420,287 @@ def test_ptx_keeps_stage_ones_loss_in_the_log(tmp_path):
     assert "ptx_loss" in log(tmp_path / "out/ppo")[0]
 
 
+# --- the assembly: each stage against a second, slow implementation -----------------------------------------
+
+# One row at a time, one token at a time: no batches, masks, padding or micro-batches; torch's AdamW. Every
+# logged number and the last weights have to agree, with a stop and a resume on the way.
+
+def plain_adam(net, cfg, **kwargs):
+    groups = [{"params": [p for p in net.parameters() if (p.dim() >= 2) == matrix], "weight_decay": decay}
+              for matrix, decay in ((True, cfg.weight_decay), (False, 0.0))]
+    return torch.optim.AdamW(groups, 1.0, **kwargs)
+
+def plain_step(net, adam, lr, grad_clip):
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
+    for group in adam.param_groups:
+        group["lr"] = lr
+    adam.step()
+    adam.zero_grad()
+    return norm.item()
+
+def plain_cosine(step, cfg):
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    half_turn = math.pi * (step - cfg.warmup) / (cfg.steps - cfg.warmup)
+    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(half_turn)) / 2)
+
+def plain_logprobs(net, idx, targets, temperature=1.0):
+    """-> [(log-probability, entropy) of each target]."""
+    table = (logits(net, idx) / temperature).log_softmax(-1)
+    return [(row[t], -(row.exp() * row).sum()) for row, t in zip(table, targets) if t >= 0]
+
+def plain_nll(net, example):
+    return -sum(logprob for logprob, _ in plain_logprobs(net, *example))
+
+def run_and_resume(stage, cfg, step, stop_at):
+    """Run a stage, stop it in call number stop_at of its function `step`, and go on with --resume."""
+    calls, function = iter(range(10**6)), getattr(stage, step)
+    def stops(*args):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        return function(*args)
+    with mock.patch.object(stage, step, stops):
+        refuses(lambda: stage.main(cfg), kind=KeyboardInterrupt)
+    return quiet(stage.main, dataclasses.replace(cfg, resume=True))[0]
+
+def logs_agree(cfg, expected):
+    rows = [row for row in log(Path(cfg.out)) if "lr" in row]
+    assert len(rows) == len(expected)
+    for row, want in zip(rows, expected):
+        for name, value in want.items():
+            agree = row[name] == value or abs(row[name] - value) < 1e-4 * max(0.05, abs(value))
+            assert agree, (row["step"], name, row[name], value)
+        others = {"step", "tokens_per_s", "seconds", "memory_gb"}
+        assert row.keys() == want.keys() | others, row.keys() ^ want.keys()
+
+def weights_agree(folder, net, but=()):
+    saved = m.load_model(folder, type(net)).state_dict()
+    for name, p in net.state_dict().items():
+        a, b = saved[name].clone(), p.clone()
+        if name.endswith("c_attn.bias"):  # a key's bias cancels in the softmax: its gradient is rounding
+            a.view(3, -1)[1] = b.view(3, -1)[1] = 0
+        assert name in but or apart(a, b) < 2e-5, (name, apart(a, b))
+
+LITTLE = dict(n_layer=1, n_embd=16, batch=4, microbatch=2, weight_decay=0.1, grad_clip=0.5)
+
+def test_stage_1_does_what_plain_loops_do(tmp_path):
+    cfg = small(sft, tmp_path, **LITTLE | dict(steps=7, warmup=3, lr=0.02))
+    result = run_and_resume(sft, cfg, "learn", 5)
+    net = GPT(GPTConfig(TINY.vocab_size, 64, 1, 4, 16, "tiny")).initialize(rng(0, "init"))
+    train, val = ([tokenizer.encode_demonstration(row, TINY, 64)[0] for row in rows]
+                  for rows in prepare.load(cfg.data, "sft"))
+    count = lambda examples: sum(t >= 0 for _, targets in examples for t in targets)
+    validate = lambda: sum(plain_nll(net, e).item() for e in val) / count(val)
+    adam, expected, between = plain_adam(net, cfg, betas=(0.9, 0.95)), [], []
+    for step in range(7):
+        batch = [train[i] for i in batches.batch_at(step, tuple(len(i) for i, _ in train), 4, 0)]
+        nll = sum(plain_nll(net, e) for e in batch)
+        (nll / (4 * count(train) / len(train))).backward()
+        lr = plain_cosine(step, cfg)
+        expected.append({"loss": nll.item() / count(batch), "lr": lr,
+                         "grad_norm": plain_step(net, adam, lr, 0.5)})
+        between += [validate()] if step in (2, 5) else []
+    logs_agree(cfg, expected)
+    reported = [row["val_loss"] for row in log(Path(cfg.out)) if "val_loss" in row]
+    close(reported, [*between, validate()], 1e-4)
+    assert reported[-1] == result["val_loss"]
+    weights_agree(cfg.out, net)
+
+def test_stage_2_does_what_plain_loops_do(tmp_path):
+    run(sft, tmp_path, n_layer=1, n_embd=16)
+    cfg = small(reward, tmp_path, **LITTLE | dict(steps=7, warmup=3, lr=0.02, log_every=2))
+    result = run_and_resume(reward, cfg, "learn", 5)
+    net = Scorer(GPTConfig(TINY.vocab_size, 64, 1, 4, 16, "tiny"))
+    net.load_state_dict(m.load_model(cfg.init).state_dict(), strict=False)
+    net.initialize_head(rng(0, "head"))
+    train, val = prepare.load(cfg.data, "preferences")
+    say = lambda row, side: TINY.render([*row["prompt"], assistant(row[side])])[0]
+    score = lambda row, side: net.values(torch.tensor([say(row, side)]))[0, -1]
+    accuracy = lambda: sum((score(row, "chosen") > score(row, "rejected")).item() for row in val) / len(val)
+    lengths = tuple(max(len(say(row, side)) for side in ("chosen", "rejected")) for row in train)
+    adam, expected, right, pairs = plain_adam(net, cfg, betas=(0.9, 0.95)), [], 0, 0
+    for step in range(7):
+        loss, penalty = 0, 0
+        for i in batches.batch_at(step, lengths, 4, 0):
+            chosen, rejected = (score(train[i], side) for side in ("chosen", "rejected"))
+            loss = loss + torch.log1p((rejected - chosen).exp()) / 4
+            penalty = penalty + 0.01 * (chosen + rejected) ** 2 / 4
+            right, pairs = right + (chosen > rejected).item(), pairs + 1
+        (loss + penalty).backward()
+        lr = plain_cosine(step, cfg)
+        norm = plain_step(net, adam, lr, 0.5)
+        if step % 2 or step == 6:
+            expected.append({"loss": loss.item(), "accuracy": right / pairs, "lr": lr, "grad_norm": norm})
+            right = pairs = 0
+        if step == 2:
+            close([row["val_accuracy"] for row in log(Path(cfg.out)) if "val_accuracy" in row][0], accuracy())
+    logs_agree(cfg, expected)
+    close(result["val_accuracy"], accuracy())
+    assert result["ceiling"] == 1.0
+    weights_agree(cfg.out, net, but=["ln_f.bias"])  # where the scores' shift went
+
+def test_stage_3_does_what_plain_loops_do(tmp_path):
+    run(sft, tmp_path, n_layer=1, n_embd=16)
+    net, last = m.load_model(tmp_path / "out/sft"), TINY.end
+    with torch.no_grad():  # a stage 1 that often ends its replies
+        towards_end = net.wte.weight[TINY.end]
+        net.ln_f.bias.add_(4 * towards_end / towards_end.square().sum())
+    save(tmp_path / "out/sft", net)
+    run(reward, tmp_path, n_layer=1, n_embd=16, steps=2)
+    cfg = small(ppo, tmp_path, **LITTLE | dict(
+        batch=6, minibatch=3, microbatch=1, steps=6, epochs=2, lr=0.01, warmup=2, max_new_tokens=6,
+        temperature=0.7, kl_coef=0.2, kl_target=0.3, kl_horizon=20, gamma=0.9, lam=0.8, clip=0.1,
+        value_clip=0.05, value_coef=0.7, score_clip=0.6, missing_eos_penalty=0.3, ptx_coef=0.4,
+        target_kl=0.02, save_every=2))
+    with mock.patch.object(ppo, "evaluate", return_value={}) as evaluate:
+        run_and_resume(ppo, cfg, "update", 3)
+    held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
+    assert [row["prompt"] for row in evaluate.call_args.args[1]] == held_out
+    actor, reference = (m.load_model(cfg.init) for _ in range(2))
+    critic, reward_model = (m.load_model(cfg.reward, Scorer) for _ in range(2))
+    adams = [plain_adam(net, cfg, eps=1e-5) for net in (actor, critic)]
+    prompts, demonstrations = prepare.load(cfg.data, "prompts")[0], prepare.load(cfg.data, "sft")[0]
+    demonstrations = [tokenizer.encode_demonstration(row, TINY, 64)[0] for row in demonstrations]
+    mean = lambda values: sum(values) / len(values)
+    expected, kl_coef = [], cfg.kl_coef
+    for step in range(6):
+        uniform, replies = torch.rand(6, 6, generator=rng(0, "rollout", step)), []
+        rows = [prompts[i] for i in batches.batch_at(step, (0,) * len(prompts), 6, 0)]
+        for u, row in zip(uniform, sorted(rows, key=lambda row: len(TINY.prompt(row["prompt"], 58)))):
+            prompt, reply = TINY.prompt(row["prompt"], 58), []
+            while len(reply) < 6 and last not in reply:
+                cdf = (logits(actor, prompt + reply)[-1] / 0.7).softmax(-1).cumsum(0)
+                reply.append(int((cdf <= u[len(reply)] * cdf[-1]).sum()))
+            idx, targets = (prompt + reply)[:-1], [-1] * (len(prompt) - 1) + reply
+            said, before = (plain_logprobs(net, idx, targets, 0.7) for net in (actor, reference))
+            whole = torch.tensor([prompt + reply])
+            replies.append({"idx": idx, "targets": targets, "ended": last in reply, "n": len(reply),
+                            "logprob": [x.item() for x, _ in said], "entropy": [x.item() for _, x in said],
+                            "ref": [x.item() for x, _ in before],
+                            "value": critic.values(whole)[0, len(prompt) - 1:-1].tolist(),
+                            "score": reward_model.values(whole)[0, -1].clamp(-0.6, 0.6).item(),
+                            "good": reply == [*TINY.encode("It is red."), last]})
+        worst = min(r["score"] for r in replies)
+        for r in replies:
+            r["score"] = r["score"] if r["ended"] else worst - 0.3
+            reward_of = [-kl_coef * (a - b) for a, b in zip(r["logprob"], r["ref"])]
+            reward_of[-1] += r["score"]
+            value, r["advantage"] = r["value"] + [0.0], [0.0] * (r["n"] + 1)
+            for t in reversed(range(r["n"])):
+                delta = reward_of[t] + 0.9 * value[t + 1] - value[t]
+                r["advantage"][t] = delta + 0.9 * 0.8 * r["advantage"][t + 1]
+            r["return"] = [a + v for a, v in zip(r["advantage"], value[:-1])]
+        of = lambda name: [x for r in replies for x in r[name][:r["n"]]]
+        centre, returns = mean(of("advantage")), of("return")
+        spread = (mean([(a - centre) ** 2 for a in of("advantage")]) + 1e-8) ** 0.5
+        kls = [[a - b for a, b in zip(r["logprob"], r["ref"])] for r in replies]
+        generator, seen, steps, resting = rng(0, "update", step), [], 0, False
+        lr = 0.01 * min(1, (step + 1) / 2) * (1 - step / 6)
+        for epoch in range(2):
+            for rows_of_it in torch.randperm(6, generator=generator).split(3):
+                part, numbers = [replies[i] for i in rows_of_it], {}
+                n = sum(r["n"] for r in part)
+                loss = value_loss = clipped = approx_kl = ratios = 0
+                for r in part:
+                    new = plain_logprobs(actor, r["idx"], r["targets"], 0.7)
+                    values = critic.values(torch.tensor([r["idx"]]))[0, -r["n"]:]
+                    for t in range(r["n"]):
+                        ratio = (new[t][0] - r["logprob"][t]).exp()
+                        a = (r["advantage"][t] - centre) / spread
+                        free, held = -a * ratio, -a * ratio.clamp(0.9, 1.1)
+                        loss, clipped = loss + max(free, held), clipped + (held > free).item()
+                        approx_kl += (ratio - 1 - ratio.log()).item()
+                        ratios += ratio.item()
+                        near = r["value"][t] + (values[t] - r["value"][t]).clamp(-0.05, 0.05)
+                        far = [(v - r["return"][t]) ** 2 for v in (values[t], near)]
+                        value_loss = value_loss + max(far) / 2
+                (0.7 * value_loss / n).backward()
+                numbers["value_loss"] = value_loss.item() / n
+                numbers["value_grad_norm"] = plain_step(critic, adams[1], lr, 0.5)
+                if not resting:
+                    drawn = torch.randint(len(demonstrations), (3,), generator=generator).tolist()
+                    nll = sum(plain_nll(actor, demonstrations[i]) for i in drawn)
+                    nll = nll / sum(t >= 0 for i in drawn for t in demonstrations[i][1])
+                    numbers |= {"policy_loss": loss.item() / n, "clip_fraction": clipped / n,
+                                "ptx_loss": nll.item(), "approx_kl": approx_kl / n, "ratio": ratios / n}
+                    resting = approx_kl / n > 0.02
+                    if not resting:
+                        (loss / n + 0.4 * nll).backward()
+                        numbers["grad_norm"], steps = plain_step(actor, adams[0], lr, 0.5), steps + 1
+                seen.append(numbers)
+        average = lambda name: mean([numbers[name] for numbers in seen if name in numbers])
+        flat_kl, kl = [x for reply in kls for x in reply], mean([sum(reply) for reply in kls])
+        variance = mean([(x - mean(returns)) ** 2 for x in returns])
+        expected.append({
+            **{name: average(name) for name in ("value_loss", "value_grad_norm", "policy_loss", "ptx_loss",
+                                                "clip_fraction", "approx_kl", "grad_norm")},
+            "ratio_first": seen[0]["ratio"], "updates": steps, "score": mean([r["score"] for r in replies]),
+            "kl": kl, "kl_k3": mean([math.exp(-x) - 1 + x for x in flat_kl]), "entropy": mean(of("entropy")),
+            "explained_variance": 1 - mean([(a - b) ** 2 for a, b in zip(returns, of("value"))]) / variance,
+            "eos_rate": mean([float(r["ended"]) for r in replies]), "kl_coef": kl_coef, "lr": lr,
+            "response_length": mean([r["n"] for r in replies]),
+            "gold": mean([float(r["good"]) for r in replies])})
+        kl_coef *= 1 + min(max(kl / 0.3 - 1, -0.2), 0.2) * 6 / 20
+    logs_agree(cfg, expected)
+    weights_agree(cfg.out, actor)
+    # it was all there: ends and none, steps not taken, ratios clipped, a coefficient that moved
+    assert 0 < mean([row["eos_rate"] for row in expected]) < 1 and {row["updates"] for row in expected} != {4}
+    assert max(row["clip_fraction"] for row in expected) > 0 and kl_coef != cfg.kl_coef
+
+def test_the_evaluation_reports_known_replies_and_scores():
+    words = {word: TINY.encode(word)[0] for word in (" yes", " no", " so")}
+    say = lambda word, *last: [words[word], *(last or [TINY.end])]
+    rows = [{"ids": [5, 6 + i], "prompt": [user(f"{i}?")], "check": " yes"} for i in range(4)]
+    actor, reference = tiny(), tiny(seed=1)
+    # the policy is right 3 times of 4; stage 1 once, and once it does not end; of its four tries the second
+    # is right, the third scores best, and the last does not end, which scores below all others
+    before = [say(" yes"), say(" no"), say(" yes", words[" so"]), say(" so")]
+    after = [say(" yes"), say(" no"), say(" yes"), say(" yes")]
+    tries = [say(" no"), say(" yes"), say(" so"), say(" so", words[" so"])]
+    value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 3.0}
+    def speak(net, prompts, new, end, seed, batch, temperature):
+        assert (new, end, temperature) == (7, TINY.end, 0.5)
+        assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
+        return after if net is actor else before if len(prompts) == 4 else tries * 4
+    reward_model = mock.Mock(last=lambda idx, _: torch.tensor([value[token] for token in idx[:, 2].tolist()]))
+    cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
+    with mock.patch.object(ppo, "generate_many", speak):
+        result, text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
+    kl = 0
+    for row, reply in zip(rows, after):
+        ids = row["ids"] + reply
+        for net, sign in ((actor, 1), (reference, -1)):
+            table = (logits(net, ids) / 0.5).log_softmax(-1)
+            kl += sign * sum(table[t - 1, ids[t]].item() for t in (2, 3)) / 4
+    close(result.pop("kl"), kl, 1e-4)
+    rate, low, high = ppo.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
+    want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 0.0, "win_rate": rate,
+            "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 3) / 4,
+            "score": (2 - 9 + 2 + 2) / 4, "score_best_of_n": 3.0}
+    assert result == want and rate == 0.75, result
+    assert "'3?'\n        ' so' (+3.00)\n     -> ' yes' (+2.00)" in text
+    del rows[0]["check"]  # without a yardstick the learned score decides
+    with mock.patch.object(ppo, "generate_many", speak):
+        result, _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
+    assert (result["gold_after"], result["win_rate"]) == (None, 0.5)  # two ties, a win, a loss
+
+def test_stage_1s_gold_is_the_share_of_sampled_replies_that_pass():
+    rows = [{"prompt": [user(f"{i}?")], "check": "yes"} for i in range(3)] + [{"prompt": [user("x")]}]
+    good, bad = [*TINY.encode("yes"), TINY.end], TINY.encode("yes")
+    def speak(net, prompts, new, end, seed, batch):
+        assert prompts == [TINY.prompt(row["prompt"], 40) for row in rows[:3]]
+        assert (new, seed, batch) == (24, 3, 2)
+        return [good, bad, good]
+    with mock.patch.object(m, "generate_many", speak):
+        close(m.gold_score(tiny(), TINY, rows, 24, 3, 2), 2 / 3)
+    assert m.gold_score(tiny(), TINY, rows[3:], 24, 3, 2) is None
+
+def test_rollouts_differ_from_step_to_step_and_steps_from_seed_to_seed():
+    draws = lambda step, seed: ppo.sample_replies(step, [[5, 6]] * 3, tiny(), TINY, ppo.Config(
+        seed=seed, max_new_tokens=5))
+    assert draws(0, 0) == draws(0, 0) != draws(1, 0) and draws(0, 0) != draws(0, 1)
+
+
 # --- running them: killed, resumed, refused -----------------------------------------------------------------
 
 def command(stage, root, out, **changes):
@@ -1386,7 +1708,9 @@ def command(stage, root, out, **changes):
     cfg = dataclasses.asdict(small(stage, root, out=str(out), **changes))
     return [sys.executable, str(ROOT / f"{stage.__name__}.py"), *(f"--{k}={v}" for k, v in cfg.items())]
 
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+# the order of a sum depends on the number of threads: theirs is ours
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT,
+         "env": os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}}
 start, finished = partial(subprocess.Popen, **PIPES), partial(subprocess.run, **PIPES, timeout=120)
 
 def wait_for_step(process, out, step):
@@ -1487,6 +1811,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
     loss = lambda net, rows, device: (net.wte.weight.sum(1, keepdim=True) * math.nan, 1)
     with mock.patch.object(sft, "negative_log_likelihood", loss):
         refuses(lambda: run(sft, tmp_path), "step 1", "nan")
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path):
+    run_all(tmp_path)
+    saved = lambda stage: (tmp_path / "out" / stage.__name__ / "model.safetensors").read_bytes()
+    weights = {stage: saved(stage) for stage in (sft, ppo)}
+    first = lambda net: next(p for p in net.parameters() if p.requires_grad)
+    for stage, where in ((sft, "learn"), (ppo, "ppo_gradients")):
+        function = getattr(stage, where)
+        def overflows(*args):  # a finite loss whose gradient is not
+            out = function(*args)
+            net = args[3].actor if stage is ppo else args[0]
+            first(net).accumulate_grad(torch.full_like(first(net), math.inf))
+            return out
+        with mock.patch.object(stage, where, overflows):
+            refuses(lambda: run(stage, tmp_path, save_every=1), "grad_norm is inf", "last good checkpoint")
+        assert saved(stage) == weights[stage]
+    w = torch.nn.Parameter(torch.ones(2))
+    adam = OffloadedAdamW([w], 0.1)
+    (w * math.inf).sum().backward()
+    assert adam.step(0.1, 1.0) == math.inf and torch.equal(w, torch.ones(2))
+
+def test_a_folder_knows_what_it_is(tmp_path):
+    run_all(tmp_path)
+    policy, scorer = str(tmp_path / "out/sft"), str(tmp_path / "out/reward")
+    refuses(lambda: run(ppo, tmp_path, reward=policy), "out/sft: a language model", "reward model is needed")
+    chat = m.Config(model=policy, reward=policy, prompt="Hi", device="cpu")
+    refuses(lambda: m.main(chat), "out/sft: a language model")
+    other = str(tmp_path / "other")
+    for stage in (sft, reward, ppo):
+        refuses(lambda: run(stage, tmp_path, init=scorer, out=other), "out/reward: a reward model",
+                "a language model is needed")
+    refuses(lambda: m.main(m.Config(model=scorer, prompt="Hi", device="cpu")), "out/reward: a reward model")
+
+def test_what_a_run_needs_at_its_end_is_checked_at_its_start(tmp_path):
+    run(sft, tmp_path)
+    with open(tmp_path / "data/prompts.val.jsonl", "a") as f:
+        f.write(json.dumps({"prompt": [user("What?")]}) + "\n")
+    refuses(lambda: run(ppo, tmp_path, reward="check"), "--reward=check", "have no \"check\"")
+    refuses(lambda: run(ppo, tmp_path, kl_target=3.0, kl_coef=0.0), "--kl_target=3.0", "--kl_coef=0.0")
 
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
     run(sft, tmp_path)
