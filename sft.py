@@ -145,10 +145,11 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
-    say, clock, seen = tqdm.write, time.time(), 0
+    say, seen = tqdm.write, 0
     if not run.start and val:
         nll, targets = validate(model, val, cfg, device)
         say(f"before training: val_loss {nll / targets:.4f} (ln V = {math.log(model.cfg.vocab_size):.4f})")
+    clock = time.time()
     with run:
         for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
