@@ -1226,6 +1226,11 @@ def test_calibration_and_ceiling_of_known_cases():
     [(n, predicted, observed)] = reward.calibration(torch.tensor([3.0, 3.0, 3.0, -3.0]))
     assert (n, observed) == (4, 0.75)
     close(predicted, 1 / (1 + math.exp(-3)), 5e-6)
+    fifths = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95])  # one confidence in each of five bins
+    bins = torch.tensor(reward.calibration(torch.cat([fifths.logit(), -fifths[:1].logit()])))
+    close(bins[:, 0], [2, 1, 1, 1, 1])
+    close(bins[:, 1], fifths)
+    close(bins[:, 2], [0.5, 1, 1, 1, 1])
     rows = [{"agreement": x, "skill": skill} for x, skill in ((0.9, "a"), (0.2, "a"), (0.7, "b"))] * 2
     table = reward.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
     assert table["a"] == (4, 1.0, 0.5)
@@ -1411,8 +1416,19 @@ def test_reward_check_needs_no_reward_model_and_learns(tmp_path):
 
 def test_trace_prints_a_rollout_token_by_token(tmp_path):
     run_all(tmp_path)
-    _, text = run(ppo, tmp_path, trace=True, steps=1, batch=1, minibatch=1, eval_every=1)
-    assert "advantage" in text and "paid on the last token" in text
+    _, text = run(ppo, tmp_path, trace=True, steps=5, batch=1, minibatch=1, eval_every=2)
+    assert text.count("advantage") == text.count("paid on the last token") == 3  # the first, 2nd and 4th
+    assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
+
+def test_a_trace_shows_the_first_replys_numbers():
+    _, _, batch, _ = a_rollout()
+    _, text = quiet(ppo.trace, batch, TINY)
+    head, *lines, last = text.splitlines()
+    n = int(batch["mask"][0].sum())
+    assert head.split() == "token logprob ref kl reward value return advantage".split() and len(lines) == n
+    for name, column in (("logprobs", -7), ("kl", -5), ("rewards", -4), ("advantages", -1)):
+        close([float(line.split()[column]) for line in lines], batch[name][0][batch["mask"][0]], 6e-4)
+    assert last == f"score {batch['scores'][0].item():.3f}, paid on the last token"
 
 def test_ptx_keeps_stage_ones_loss_in_the_log(tmp_path):
     run_all(tmp_path)
