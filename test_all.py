@@ -1184,8 +1184,12 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
 def test_pretraining_on_text_reports_loss_per_character(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
-    result, _ = run(sft, tmp_path, data=str(book), steps=3)
-    assert 0 < result["val_loss_per_character"] < result["val_loss"]
+    result, text = run(sft, tmp_path, data=str(book), steps=3)
+    assert 0 < result["val_loss_per_character"] < result["val_loss"] and "; 0 longer than" in text
+    mixed = tmp_path / "mixed.jsonl"  # a loss per character needs a text in every held-out row
+    mixed.write_text("".join(json.dumps(row) + "\n" for i in range(40) for row in (
+        {"text": f"The cat number {i}."}, {"messages": [user(f"{i}?"), assistant("Yes.")]})))
+    assert "val_loss_per_character" not in run(sft, tmp_path, data=str(mixed), steps=3)[0]
 
 def test_every_target_weighs_the_same_whatever_its_batch():
     net, cfg = tiny(), sft.Config(batch=2)
@@ -1241,6 +1245,22 @@ def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
     run_all(tmp_path)
     cfg = small(reward, tmp_path)
     close(reward.mean_sft_score(m.load_model(cfg.out, Scorer), cfg, TINY, CPU, torch.float32), 0, 5e-5)
+
+def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path):
+    run(sft, tmp_path)
+    cfg, net, said = small(reward, tmp_path, microbatch=3), tiny(Scorer), [[7, TINY.end], [8, 9]]
+    def speak(policy, prompts, new, end, seed, batch):
+        assert torch.equal(weights_of(policy), weights_of(m.load_model(cfg.init)))
+        train = prepare.load(cfg.data, "prompts")[0][:4]
+        assert prompts == [TINY.prompt(row["prompt"], 32) for row in train] and (new, batch) == (32, 3)
+        return said * 2
+    with mock.patch.object(reward, "generate_many", speak):
+        got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
+    prompts = [TINY.prompt(row["prompt"], 32) for row in prepare.load(cfg.data, "prompts")[0][:4]]
+    scores = [net.values(torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
+    close(got, sum(scores) / 4)
+    cfg.init = "scratch"
+    assert reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32) is None
 
 def test_gae_on_three_tokens_worked_by_hand():
     # gamma 1, lambda 0.5; deltas: 0 + 2 - 1 = 1, 0 + 3 - 2 = 1, 5 + 0 - 3 = 2
@@ -1477,7 +1497,9 @@ def run_and_resume(stage, cfg, step, stop_at):
         return function(*args)
     with mock.patch.object(stage, step, stops):
         refuses(lambda: stage.main(cfg), kind=KeyboardInterrupt)
-    return quiet(stage.main, dataclasses.replace(cfg, resume=True))[0]
+    result, text = quiet(stage.main, dataclasses.replace(cfg, resume=True))
+    assert "resuming" in text and "before training" not in text
+    return result
 
 def logs_agree(cfg, expected):
     rows = [row for row in log(Path(cfg.out)) if "lr" in row]
@@ -1524,6 +1546,9 @@ def test_stage_1_does_what_plain_loops_do(tmp_path):
 
 def test_stage_2_does_what_plain_loops_do(tmp_path):
     run(sft, tmp_path, n_layer=1, n_embd=16)
+    path = tmp_path / "data/preferences.jsonl"
+    path.write_text("".join(json.dumps(row | {"rejected": "It is blue" + " or so" * (7 * i % 5)}) + "\n"
+                            for i, row in enumerate(jsonl(path))))  # of many lengths
     cfg = small(reward, tmp_path, **LITTLE | dict(steps=7, warmup=3, lr=0.02, log_every=2))
     result = run_and_resume(reward, cfg, "learn", 5)
     net = Scorer(GPTConfig(TINY.vocab_size, 64, 1, 4, 16, "tiny"))
@@ -1883,7 +1908,7 @@ def test_long_prompts_are_trimmed_from_the_left_and_counted(tmp_path):
     with open(tmp_path / "data/prompts.jsonl", "a") as f:
         f.write(json.dumps({"prompt": [user("why " * 200)], "check": "no"}) + "\n")
     (train, _), text = quiet(ppo.load_prompts, small(ppo, tmp_path), TINY)
-    assert "1 longer than 52 tokens" in text and max(len(row["ids"]) for row in train) == 52
+    assert "; 1 longer than 52 tokens" in text and max(len(row["ids"]) for row in train) == 52
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run(sft, tmp_path)
