@@ -1127,7 +1127,7 @@ def test_max_tokens_counts_all_that_is_said_in_gpt2s_tokens():
     count = prepare.token_counter()
     assert count({"text": "one two three"}) == 3
     assert count({"messages": [user("one"), assistant(" two")]}) == 2
-    assert count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}) == 4
+    assert count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}) == 3
 
 def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
     def peak(n):
