@@ -244,17 +244,20 @@ def convert(r):
 # --- files --------------------------------------------------------------------------------------------------
 
 JSONL = "Save its rows as JSON lines, one object a line"
-FOREIGN = {b"PAR1": f"a Parquet table. {JSONL}: pandas.read_parquet(FILE).to_json(OUT, orient='records', "
-                    "lines=True)",
-           b"ARROW1": f"an Arrow table. {JSONL}: datasets.Dataset.from_file(FILE).to_json(OUT)",
-           b"\xff\xff\xff\xff": f"an Arrow table. {JSONL}: datasets.Dataset.from_file(FILE).to_json(OUT)",
-           b"PK\x03\x04": "a zip archive. Unpack it first", b"\x28\xb5\x2f\xfd": "zipped by zstd. Unpack it first",
-           b"BZh": "zipped by bzip2. Unpack it first", b"\xfd7zXZ": "zipped by xz. Unpack it first",
-           b"version https://git-lfs": "a git-lfs pointer, not the data. Fetch them with: git lfs pull",
-           b"<!DOCTYPE": "a web page, not the data. Download the file itself",
-           b"<html": "a web page, not the data. Download the file itself"}
-CSV = (f"no JSON; a table (.csv)? {JSONL}: python -c \"import csv, json, sys; [print(json.dumps(row)) for row in "
-       "csv.DictReader(sys.stdin)]\" < FILE > OUT.jsonl. Plain text is read if its name ends in .txt")
+ARROW = f"an Arrow table. {JSONL}: datasets.Dataset.from_file(FILE).to_json(OUT)"
+FOREIGN = {  # the first bytes of a file that is not text -> what it is, and the remedy
+    b"PAR1": f"a Parquet table. {JSONL}: "
+             "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
+    b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW,
+    b"PK\x03\x04": "a zip archive. Unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd. Unpack it first",
+    b"BZh": "packed by bzip2. Unpack it first",
+    b"\xfd7zXZ": "packed by xz. Unpack it first",
+    b"version https://git-lfs": "a git-lfs pointer, not the data. Fetch them with: git lfs pull",
+    b"<!DOCTYPE": "a web page, not the data. Download the file itself",
+    b"<html": "a web page, not the data. Download the file itself"}
+CSV = (f"no JSON. A table (.csv)? {JSONL}: python -c \"import csv, json, sys; [print(json.dumps(row)) for "
+       "row in csv.DictReader(sys.stdin)]\" < FILE > OUT.jsonl. Plain text? Let its name end in .txt")
 
 
 def open_text(path):
@@ -315,20 +318,26 @@ def records(path):
     if kind == ".txt":
         yield from text_chunks(path)
         return
-    lines = ((number, line) for number, line in open_text(path) if line.strip())
-    number, line = next(lines, (1, b"{}"))
-    lines, one = chain([(number, line)], lines), from_json(line)
-    if isinstance(one, Unusable) and not line.lstrip().startswith((b"{", b"[", b'"')):
+    lines, head = open_text(path), []
+    for numbered in lines:
+        head.append(numbered)
+        if numbered[1].strip():
+            break
+    else:
+        return
+    number, line = head[-1]
+    lines, one = chain(head, lines), from_json(line)
+    if isinstance(one, Unusable) and not line.lstrip().startswith((b"{", b"[")):
         raise SystemExit(f"{path}:{number}: {CSV}.")
-    # what counts is how it begins: a list, or an object that does not end on its line, is one JSON value
-    if re.match(rb"\s*\[\s*(\{|$)", line) or kind == ".json" and not isinstance(one, dict):
+    # what counts is how it begins: a list of objects, or an object that goes on, is one JSON value
+    if re.match(rb"\s*(\[\s*(\{|$)|\{\s*$)", line) or kind == ".json" and not isinstance(one, dict):
         try:
-            whole = json.loads(b"".join(b"\n" * (at == number and number - 1) + line for at, line in lines))
+            whole = json.loads(b"".join(line for _, line in lines))
         except (ValueError, RecursionError) as error:
             raise SystemExit(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON ({error}).") from None
         yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
     else:
-        yield from ((number, from_json(line)) for number, line in lines)
+        yield from ((number, from_json(line)) for number, line in lines if line.strip())
 
 
 def read(path, on_error):
@@ -438,7 +447,7 @@ class Writer:
             if self.counts[kind, 0] or self.counts[kind, 1]:
                 os.replace(f"{path}.tmp", path)
             elif path.exists():
-                print(f"{path}: left from an earlier preparation. Delete it if it does not belong to these.")
+                print(f"{path}: left from an earlier preparation; delete it if it does not belong here.")
 
     def clear(self):
         """Whatever happened, no temporary file stays."""
@@ -470,7 +479,7 @@ def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
     for name, value in (("limit", limit), ("max_tokens", max_tokens)):
         if value < 0:
             raise SystemExit(f"--{name}={value}: at least 0, which means no limit.")
-    dropped, writer = Counter(), Writer(out)
+    dropped, too_long, writer = Counter(), Counter(), Writer(out)
     for path in files:
         if any(theirs.exists() and theirs.samefile(path) for theirs in writer.paths.values()):
             raise SystemExit(f"{path}: --out={out} would overwrite what is read. Choose another --out.")
@@ -490,21 +499,21 @@ def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
                 if limit and writer.counts.total() >= limit:
                     break
                 if tokens and tokens(row) > max_tokens:
-                    dropped[f"{kind} of more than {max_tokens} tokens"] += 1
+                    too_long[f"{kind} of more than {max_tokens} tokens"] += 1
                     continue
                 writer.add(kind, row, is_held_out(row, val_fraction))
         if not writer.counts:
             raise SystemExit(f"{', '.join(map(str, files))}: not one usable row. {FORMATS}")
         writer.finish()
     except (OSError, sqlite3.Error) as error:
-        raise SystemExit(f"--out={out}: cannot be written ({error}). Choose a folder with free space; earlier "
-                         "files there are unchanged.") from None
+        raise SystemExit(f"--out={out}: cannot be written ({error}). Choose a folder with free space; "
+                         "earlier files there are unchanged.") from None
     finally:
         writer.clear()
     for kind in KINDS:
         if writer.counts[kind, 0] or writer.counts[kind, 1]:
             print(f"{out}/{kind}.jsonl: {writer.counts[kind, 0]:,} rows, {writer.counts[kind, 1]:,} held out")
-    for reason, n in dropped.most_common():
+    for reason, n in (dropped + too_long).most_common(20):
         print(f"dropped {n:,}: {reason}")
 
 
