@@ -1063,6 +1063,16 @@ FORMATS = {
     "openai": ({"messages": [{"role": "system", "content": "Be brief."}, *TALK]},
                [user("Be brief.\n\nWhy?"), assistant(A)]),
     "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": A}]}, TALK),
+    "content in parts": ({"messages": [
+        {**said, "content": [{"type": "text", "text": said["content"]}]} for said in TALK]}, TALK),
+    "nulls": ({"messages": TALK, "prompt": None, "chosen": None, "rejected": None, "text": None}, TALK),
+    "system and history": ({"instruction": "Why?", "output": A, "system": "Be brief.",
+                            "history": [["a", "b"]]},
+                           [user("Be brief.\n\na"), assistant("b"), *TALK]),
+    "system, prompt, output": ({"prompt": "Why?", "output": A, "system_prompt": "Be brief."},
+                               [user("Be brief.\n\nWhy?"), assistant(A)]),
+    "context": ({"question": "Why?", "context": "It rains.", "answer": A},
+                [user("Why?\n\nIt rains."), assistant(A)]),
     "text": ({"text": "Once upon a time."}, {"text": "Once upon a time."}),
 }
 
@@ -1106,7 +1116,16 @@ def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(tmp_path):
            "no clear preference": {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 0},
            "unknown role": {"messages": [{"role": "oracle", "content": "x"}, assistant("y")]},
            "is not the assistant's": {"messages": [user("a")]},
-           "is not text": {"prompt": "x", "completion": 7}}
+           "is not text": {"prompt": "x", "completion": 7},
+           "input is not text": {"instruction": "x", "input": ["a"], "output": "b"},
+           "label is false": {"prompt": "x", "completion": "bad", "label": False},
+           "one message of a tree": {"message_id": "1", "parent_id": None, "text": "hi", "role": "prompter"},
+           "lone surrogate": '{"prompt": "x", "completion": "\\ud83d"}', "too deep": "[" * 10**5,
+           "system message that no": {
+               "messages": [user("a"), {"role": "system", "content": "s"}, assistant("b")]},
+           "not a regular expression (OverflowError": {"prompt": "x", "check": "x{1,99999999999}"},
+           "agreement is 'high'": {**PAIR, "agreement": "high"}, "skill is not text": {**PAIR, "skill": 3},
+           "cannot be converted (TypeError": {"prompt": "x", "history": 5, "completion": "y"}}
     for reason, record in bad.items():
         rows, text = convert(tmp_path, PAIR, record, FORMATS["alpaca"][0], fresh=False)
         assert "in.jsonl:2: " in text and reason in text, (reason, text)
@@ -1121,14 +1140,76 @@ def test_a_broken_json_file_stops_and_leaves_earlier_output(tmp_path):
     refuses(lambda: prepare.main([tmp_path / "none"], out), "no such file")
     assert [p.suffix for p in out.iterdir()] == [".jsonl"] * 3 * 2
 
+def test_a_file_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
+    record, row = FORMATS["alpaca"][0], {"messages": TALK}
+    line, path, out = json.dumps(record), tmp_path / "in.jsonl", tmp_path / "out"
+    for name, data in (("in.jsonl", gzip.compress(line.encode())), ("in.jsonl.gz", line.encode()),
+                       ("in.json", f"{line}\n{line}\n".encode()), ("in.jsonl", f"[{line}]".encode()),
+                       ("in.jsonl", json.dumps([record], indent=1).encode()),
+                       ("in.jsonl", json.dumps(record, indent=1).encode()),
+                       ("in.jsonl", line.encode("utf-16"))):
+        (tmp_path / name).write_bytes(data)
+        quiet(prepare.main, [tmp_path / name], out, val_fraction=0.0)
+        assert jsonl(out / "sft.jsonl")[0] == row, (name, data)
+    for data, *fragments in ((b"PAR1\0", "read_parquet"), (b"PK\3\4", "zip"), (b"\xff" * 4 + b"\0", "Arrow"),
+                             (b"version https://git-lfs", "git lfs pull"), (b'"a","b"\nc,d\n', ":1", ".csv"),
+                             ("hello".encode("utf-16-le"), "UTF-8"), (b"<html>", "web page")):
+        path.write_bytes(data)
+        refuses(lambda: prepare.main([path], out), "in.jsonl", *fragments)
+    (tmp_path / "in.txt").write_bytes("one\ncaf\u00e9 two".encode("latin1"))
+    refuses(lambda: prepare.main([tmp_path / "in.txt"], out), "in.txt:2", "iconv")
+
+def test_a_text_file_stays_one_document_and_a_tenth_is_held_out(tmp_path):
+    for text in ("".join(f"line {i} of a book\n" for i in range(20_000)), "".join(map(str, range(80_000)))):
+        (tmp_path / "book.txt").write_text(text)
+        train, val = prepare.load(tmp_path / "book.txt", "sft")
+        assert 0.03 < len(val) / len(train) < 0.25 and max(len(row["text"]) for row in train + val) < 6001
+        rows = [row for _, row in prepare.read(tmp_path / "book.txt", None)]
+        assert "".join(row["text"] for row in rows) == text
+        windows = [w for row in rows for w in tokenizer.encode_demonstration(row, TINY, 64)]
+        assert windows[0][0][0] == TINY.end == windows[-1][1][-1]
+        assert sum(idx.count(TINY.end) + targets.count(TINY.end) for idx, targets in windows) == 2
+
+def test_what_is_not_used_or_left_over_is_named_and_complaints_end(tmp_path):
+    _, text = convert(tmp_path, {**PAIR, "score": 1}, {**PAIR, "id": 2}, *[{"foo": 1}] * 30)
+    assert text.count("no known format") == 21 and "dropped 30: no known format" in text
+    assert "in.jsonl: columns not used: id, score\n" in text
+    _, text = convert(tmp_path, FORMATS["text"][0], fresh=False)
+    assert "preferences.jsonl: left from an earlier preparation" in text and "sft.jsonl: left" not in text
+
+def test_writing_destroys_nothing(tmp_path):
+    convert(tmp_path, PAIR)
+    out = tmp_path / "prepared"
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refuses(lambda: prepare.main([out / "sft.jsonl"], out), "prepared/sft.jsonl", "Choose another --out")
+    source = tmp_path / "in.jsonl"
+    refuses(lambda: prepare.main([source], source), "--out=", "cannot be written")
+    with mock.patch.object(prepare.os, "replace", side_effect=OSError(errno.ENOSPC, "no space left")):
+        refuses(lambda: prepare.main([source], out), "--out=", "no space left")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+def test_our_own_rows_are_checked_when_they_are_loaded(tmp_path):
+    for kind, row, reason in (("preferences", {**PAIR, "agreement": "high"}, "agreement"),
+                              ("preferences", {**PAIR, "agreement": math.nan}, "agreement"),
+                              ("preferences", {**PAIR, "skill": 3}, "skill"),
+                              ("prompts", {"prompt": Q, "check": "("}, "not a regular expression (")):
+        (tmp_path / f"{kind}.jsonl").write_text("\n" + json.dumps(row))
+        refuses(lambda: prepare.load(tmp_path, kind), f"{kind}.jsonl:2", reason, "Mend or delete that line")
+
 def test_the_split_is_stable_and_keeps_a_prompts_rows_together(tmp_path):
-    pairs = ({"prompt": [user(f"Question {i % 50}?")], "chosen": f"{i}", "rejected": "b"} for i in range(400))
-    convert(tmp_path, *pairs, val_fraction=0.3)
+    pairs = lambda: ({"prompt": [user(f"Question {i % 50}?")], "chosen": f"{i}", "rejected": "b"}
+                     for i in range(400))
+    convert(tmp_path, *pairs(), val_fraction=0.3)
     rows = lambda name: jsonl(tmp_path / f"prepared/{name}.jsonl")
     questions = lambda name: {(row.get("prompt") or row["messages"])[0]["content"] for row in rows(name)}
     held_out = questions("preferences.val")
     assert 5 < len(held_out) < 25 and not held_out & questions("preferences")
     assert questions("prompts.val") == questions("sft.val") == held_out
+    dialogues = [{"messages": [*TALK, user(f"{i}?"), assistant("Yes.")]} for i in range(30)]
+    others = ({"prompt": f"{i}", "completion": "b"} for i in range(30))
+    convert(tmp_path, *dialogues, *others, val_fraction=0.5)
+    assert sum(row["messages"][0] == Q[0] for row in rows("sft.val")) in (0, 30)  # all begin alike
+    convert(tmp_path, *pairs(), val_fraction=0.3)
     loaded = prepare.load(tmp_path / "prepared", "preferences")
     assert tuple(loaded) == (rows("preferences"), rows("preferences.val"))
 
@@ -1150,7 +1231,7 @@ def test_max_tokens_counts_all_that_is_said_in_gpt2s_tokens():
     count = prepare.token_counter()
     assert count({"text": "one two three"}) == 3
     assert count({"messages": [user("one"), assistant(" two")]}) == 2
-    assert count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}) == 4
+    assert count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}) == 3
 
 def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
     def peak(n):

@@ -4,15 +4,21 @@
 
 Reads HH-RLHF, Alpaca, prompt/completion, prompt/response, Dolly, question/answer, OpenAI messages, ShareGPT
 conversations, UltraFeedback and TRL preferences, output_1/output_2/preference, and plain text; .json, .jsonl,
-.txt, each also .gz. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
+.txt, each also zipped with gzip. System texts, contexts and history become part of the prompt; columns that
+are not used are named. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}  or  {"text": ...}
     {"prompt": [messages], "chosen": "...", "rejected": "..."}
     {"prompt": [messages]}          and, where a right answer is known, "check": a regular expression
+
+A text file is cut into many rows of one document: "begins": false and "ends": false mark where it goes on.
 """
 import argparse
+import codecs
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,22 +26,44 @@ import sqlite3
 import sys
 import zlib
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 KINDS = "sft", "preferences", "prompts"
 FORMATS = """Known formats: chosen/rejected (strings or message lists), instruction/output,
 instruction/response, prompt/completion, prompt/response, question/answer, messages, conversations,
 output_1/output_2/preference, text."""
+QUESTIONS, REPLIES = ("instruction", "prompt", "question"), ("output", "response", "completion", "answer")
 
 
 class Unusable(ValueError):
     """A row that nothing can be learned from; the message is the reason that gets counted."""
 
 
+class Record(dict):
+    """A row without its nulls, which mean the same as no column. It knows which columns were used."""
+    def __init__(self, row):
+        super().__init__((name, value) for name, value in row.items() if value is not None)
+        self.used = set()
+
+    def __getitem__(self, name):
+        self.used.add(name)
+        return super().__getitem__(name)
+
+
 # --- messages -----------------------------------------------------------------------------------------------
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-         "model": "assistant"}
+         "model": "assistant", "developer": "system"}
+
+
+def as_text(value, name):
+    """A string, or OpenAI's list of parts, [{"type": "text", "text": ...}, ...], joined."""
+    if value and isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        value = "".join(as_text(part.get("text"), f"a part of {name}") for part in value)
+    if not isinstance(value, str):
+        raise Unusable(f"{name} is not text")
+    return value
 
 
 def as_messages(turns):
@@ -45,8 +73,9 @@ def as_messages(turns):
         if not isinstance(turn, dict):
             raise Unusable("a turn is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(content, str) or not isinstance(role, str):
+        if content is None or not isinstance(role, str):
             raise Unusable("a turn without role or text")
+        content = as_text(content, "a turn's content")
         role = ROLES.get(role.lower(), role.lower())
         if role == "system":
             system += content + "\n\n"
@@ -54,7 +83,9 @@ def as_messages(turns):
             out.append({"role": role, "content": (system if role == "user" else "") + content})
             system = "" if role == "user" else system
         else:
-            raise Unusable(f"unknown role {role!r}")
+            raise Unusable(f"unknown role {role[:30]!r}")
+    if system:
+        raise Unusable("a system message that no user's follows")
     return out
 
 
@@ -79,15 +110,55 @@ def hh_messages(dialogue):
             for who, text in zip(parts[1::2], parts[2::2])]
 
 
-def ask(*parts):
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+def system_of(r):
+    return [{"role": "system", "content": as_text(r[name], name)}
+            for name in ("system", "system_prompt") if r.get(name, "") != ""]
+
+
+def opening(r):
+    """All that comes before the reply: system text, history, question and context, in any layout."""
+    history = r["history"] if "history" in r else []
+    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        history = [{"role": role, "content": said}  # Alpaca's pairs of question and reply
+                   for turn in history for role, said in zip(("user", "assistant"), turn)]
+    name = next((name for name in QUESTIONS if name in r), None)
+    if name is None:
+        return []
+    question = r[name]
+    if not isinstance(question, list):
+        question = as_text(question, name)
+        question = hh_messages(question.removesuffix("\n\nAssistant:")) if question.startswith(
+            "\n\nHuman:") else [{"role": "user", "content": question}]
+    messages = as_messages([*system_of(r), *history, *question])
+    context = [as_text(r[name], name) for name in ("input", "context") if name in r]  # Alpaca's, Dolly's
+    if messages:
+        messages[-1]["content"] = "\n\n".join(filter(None, (messages[-1]["content"], *context)))
+    return messages
+
+
+def notes(r, *names):
+    """Those of our own columns that the row has, each checked."""
+    found = {name: r[name] for name in names if name in r}
+    if not isinstance(found.get("skill", ""), str):
+        raise Unusable("skill is not text")
+    agreement = found.get("agreement", 0)
+    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 <= agreement <= 1:
+        raise Unusable(f"agreement is {str(agreement)[:30]!r}, not a number from 0 to 1")
+    try:
+        re.compile(found.get("check", ""))
+    except Exception as error:  # re has many: OverflowError, RecursionError, ...
+        raise Unusable(f"check is not a regular expression ({type(error).__name__}: {error})") from None
+    return found
 
 
 # --- formats: a record -> [(kind, row), ...] ----------------------------------------------------------------
 
-def demonstration(messages, **extra):
+def demonstration(r, messages):
     check_turns(messages, "assistant")
-    return [("sft", {"messages": messages, **extra}), ("prompts", {"prompt": messages[:-1]})]
+    if "label" in r and r["label"] in (False, "false", "False"):
+        raise Unusable("label is false: not a reply to imitate")
+    asked = {"prompt": messages[:-1], **notes(r, "check")}
+    return [("sft", {"messages": messages, **notes(r, "skill")}), ("prompts", asked)]
 
 
 def preference(prompt, chosen, rejected, **extra):
@@ -101,128 +172,144 @@ def preference(prompt, chosen, rejected, **extra):
     return [("preferences", row), ("sft", {"messages": good}), ("prompts", {"prompt": prompt})]
 
 
-def dialogues(chosen, rejected):
-    """Two whole dialogues that share everything but the last reply."""
-    check_turns(chosen, "assistant")
-    check_turns(rejected, "assistant")
+def convert_preference(r):
+    """Two replies, or two whole dialogues that share everything but the last reply."""
+    chosen, rejected = r["chosen"], r["rejected"]
+    extra, asked = notes(r, "agreement", "skill"), opening(r)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if asked:
+            return preference(asked, chosen, rejected, **extra)
+        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise Unusable("chosen and rejected are neither strings nor message lists")
+    chosen, rejected = as_messages(chosen), as_messages(rejected)
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("the prompts of chosen and rejected differ")
-    return preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def convert_preference(r):
-    chosen, rejected, prompt = r["chosen"], r["rejected"], r.get("prompt", r.get("question"))
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        before = as_messages(prompt) if isinstance(prompt, list) else []
-        chosen, rejected = as_messages(chosen), as_messages(rejected)
-        if len(chosen) == 1:  # only the reply: the prompt is apart
-            before = before or ask(prompt)
-        else:  # the list repeats the prompt
-            before = []
-        return dialogues(before + chosen, before + rejected)
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise Unusable("chosen and rejected are neither strings nor message lists")
-    if prompt is None:
-        return dialogues(hh_messages(chosen), hh_messages(rejected))
-    extra = {k: r[k] for k in ("agreement", "skill") if k in r}
-    return preference(as_prompt(prompt), chosen, rejected, **extra)
-
-
-def as_prompt(prompt):
-    if isinstance(prompt, list):
-        return as_messages(prompt)
-    if not isinstance(prompt, str):
-        raise Unusable("the prompt is neither a string nor a message list")
-    if prompt.startswith("\n\nHuman:"):
-        return hh_messages(prompt.removesuffix("\n\nAssistant:"))
-    return ask(prompt)
+    before = chosen[:-1]
+    if not before or before[0]["role"] == "assistant":  # only the reply: the prompt is apart
+        before = asked + before
+    elif len(asked) >= len(before) and asked[-1]["content"].endswith(before[-1]["content"]):
+        before = asked  # the lists repeat the prompt, which may have a system text, too
+    else:
+        before = as_messages([*system_of(r), *before])
+    check_turns(before + chosen[-1:], "assistant")
+    check_turns(before + rejected[-1:], "assistant")
+    return preference(before, chosen[-1]["content"], rejected[-1]["content"], **extra)
 
 
 def convert_ranked(r):
     """output_1, output_2 and which of them is preferred: 1 or 2."""
     if r["preference"] not in (1, 2, "1", "2"):
         raise Unusable("no clear preference")
-    first, second = text_of(r, "output_1"), text_of(r, "output_2")
-    pair = (first, second) if str(r["preference"]) == "1" else (second, first)
-    return preference(ask(r.get("instruction") or r.get("prompt"), r.get("input")), *pair)
+    pair = [as_text(r[name], name) for name in ("output_1", "output_2")]
+    first = int(r["preference"]) - 1
+    return preference(opening(r), pair[first], pair[1 - first], **notes(r, "agreement", "skill"))
 
 
 def convert_prompt(r):
-    extra = {k: r[k] for k in ("check", "skill") if k in r}
-    prompt = check_turns(as_prompt(r["prompt"]), "user")
-    if "check" in extra:
-        try:
-            re.compile(extra["check"])
-        except (re.error, TypeError) as error:
-            raise Unusable(f"check is not a regular expression ({error})") from None
-    return [("prompts", {"prompt": prompt, **extra})]
-
-
-def text_of(r, *names):
-    """The first of `names` that the record has, as text."""
-    value = next(r[name] for name in names if name in r)
-    if not isinstance(value, str):
-        raise Unusable(f"{names[0]} is not text")
-    return value
-
-
-def reply(text):
-    return [{"role": "assistant", "content": text}]
+    return [("prompts", {"prompt": check_turns(opening(r), "user"), **notes(r, "check", "skill")})]
 
 
 def convert(r):
-    """A record in any known format -> [(kind, row), ...]; raises Unusable with the reason."""
+    """A Record in any known format -> [(kind, row), ...]; raises Unusable with the reason."""
     has = lambda *names: all(name in r for name in names)
-    if not isinstance(r, dict):
-        raise Unusable("not a JSON object")
     if has("chosen", "rejected"):
         return convert_preference(r)
     if has("output_1", "output_2", "preference"):
         return convert_ranked(r)
     if has("messages") or has("conversations"):
-        turns = r.get("messages", r.get("conversations"))
+        turns = r["messages" if "messages" in r else "conversations"]
         if not isinstance(turns, list):
             raise Unusable("messages is not a list")
-        return demonstration(as_messages(turns), **{k: r[k] for k in ("skill",) if k in r})
-    if has("instruction") and (has("output") or has("response")):
-        context = r.get("input") or r.get("context")  # Alpaca's and Dolly's names
-        question = ask(text_of(r, "instruction"), context)
-        return demonstration(question + reply(text_of(r, "output", "response")))
-    for question, answer in (("prompt", "completion"), ("prompt", "response"), ("question", "answer")):
-        if has(question, answer):
-            answer = as_messages(r[answer]) if isinstance(r[answer], list) else reply(text_of(r, answer))
-            return demonstration(as_prompt(r[question]) + answer)
+        return demonstration(r, as_messages([*system_of(r), *turns]))
+    reply = next((name for name in REPLIES if name in r), None)
+    if reply and any(name in r for name in QUESTIONS):
+        said = r[reply]
+        turns = isinstance(said, list) and all(isinstance(turn, dict) and "type" not in turn for turn in said)
+        said = as_messages(said) if turns else [{"role": "assistant", "content": as_text(said, reply)}]
+        return demonstration(r, opening(r) + said)
     if has("prompt"):
         return convert_prompt(r)
     if has("text"):
-        if not text_of(r, "text").strip():
+        if has("role") or has("message_id") or has("parent_id"):
+            raise Unusable("one message of a tree or dialogue. Join each dialogue into one row of messages")
+        text = as_text(r["text"], "text")
+        if not text.strip():
             raise Unusable("empty text")
-        return [("sft", {"text": r["text"]})]
+        return [("sft", {"text": text, **{side: False for side in ("begins", "ends")
+                                          if side in r and r[side] is False}})]
     raise Unusable(f"no known format in keys {', '.join(sorted(map(str, r)))[:100]}")
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
+JSONL = "Save its rows as JSON lines, one object a line"
+ARROW = f"an Arrow table. {JSONL}: datasets.Dataset.from_file(FILE).to_json(OUT)"
+FOREIGN = {  # the first bytes of a file that is not text -> what it is, and the remedy
+    b"PAR1": f"a Parquet table. {JSONL}: "
+             "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
+    b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW,
+    b"PK\x03\x04": "a zip archive. Unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd. Unpack it first",
+    b"BZh": "packed by bzip2. Unpack it first",
+    b"\xfd7zXZ": "packed by xz. Unpack it first",
+    b"version https://git-lfs": "a git-lfs pointer, not the data. Fetch them with: git lfs pull",
+    b"<!DOCTYPE": "a web page, not the data. Download the file itself",
+    b"<html": "a web page, not the data. Download the file itself"}
+CSV = (f"no JSON. A table (.csv)? {JSONL}: python -c \"import csv, json, sys; [print(json.dumps(row)) for "
+       "row in csv.DictReader(sys.stdin)]\" < FILE > OUT.jsonl. Plain text? Let its name end in .txt")
+
+
 def open_text(path):
-    """Lines of a possibly gzipped file, each decoded on its own, so that one bad byte costs one row."""
+    """Numbered lines of a file in UTF-8 or UTF-16, zipped with gzip or not, whatever its name says; bytes, to
+    be decoded one by one, so that one bad byte costs one row."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+        with open(path, "rb") as f:
+            f = gzip.open(f) if f.peek(2)[:2] == b"\x1f\x8b" else f
+            head = f.peek(1000)[:1000]
+            for magic, what in FOREIGN.items():
+                if head.startswith(magic):
+                    raise SystemExit(f"{path}: {what}.")
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                f = (line.encode() for line in io.TextIOWrapper(f, "utf-16", newline="\n"))
+            elif b"\0" in head:
+                raise SystemExit(f"{path}: holds zero bytes, so it is no text in UTF-8. Convert it first, as "
+                                 "with iconv -t UTF-8.")
             for number, line in enumerate(f, 1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except (OSError, EOFError, zlib.error) as error:
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise SystemExit(f"{path}: cannot be read ({error}).") from None
 
 
 def text_chunks(path, size=2000):
-    """A text file, all of it, in chunks of about `size` characters that end at blank lines."""
-    chunk = ""
+    """A text file, all of it, as rows of one document: `size` to 2 * `size` characters and up to a line more,
+    cut at a blank line if one comes."""
+    chunk, begins, blank = "", {}, False
     for number, line in open_text(path):
-        chunk += line.decode("utf-8", errors="replace")
-        if len(chunk) >= size and not line.strip():
-            yield number, {"text": chunk}
-            chunk = ""
+        try:
+            line = line.decode()
+        except UnicodeError as error:
+            raise SystemExit(f"{path}:{number}: not UTF-8 ({error.reason}). Convert the file first: iconv -f "
+                             "LATIN1 -t UTF-8, or drop such bytes: iconv -c -t UTF-8.") from None
+        for i in range(0, len(line), size):  # a whole book may be one line
+            if len(chunk) >= 2 * size or len(chunk) >= size and blank:
+                yield number, {"text": chunk, **begins, "ends": False}
+                chunk, begins = "", {"begins": False}
+            chunk += line[i:i + size]
+        blank = not line.strip()
     if chunk:
-        yield number, {"text": chunk}
+        yield number, {"text": chunk, **begins}
+
+
+def from_json(data):
+    try:
+        return json.loads(data)
+    except UnicodeError:
+        return Unusable("broken JSON (not UTF-8)")
+    except RecursionError:
+        return Unusable("nested too deeply")
+    except ValueError as error:
+        return Unusable(f"broken JSON ({getattr(error, 'msg', error)})")
 
 
 def records(path):
@@ -230,30 +317,54 @@ def records(path):
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind == ".txt":
         yield from text_chunks(path)
-    elif kind == ".json":
+        return
+    lines, head = open_text(path), []
+    for numbered in lines:
+        head.append(numbered)
+        if numbered[1].strip():
+            break
+    else:
+        return
+    number, line = head[-1]
+    lines, one = chain(head, lines), from_json(line)
+    if isinstance(one, Unusable) and not line.lstrip().startswith((b"{", b"[")):
+        raise SystemExit(f"{path}:{number}: {CSV}.")
+    # what counts is how it begins: a list of objects, or an object that goes on, is one JSON value
+    if re.match(rb"\s*(\[\s*(\{|$)|\{\s*$)", line) or kind == ".json" and not isinstance(one, dict):
         try:
-            whole = json.loads(b"".join(line for _, line in open_text(path)))
-        except ValueError as error:
+            whole = json.loads(b"".join(line for _, line in lines))
+        except (ValueError, RecursionError) as error:
             raise SystemExit(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON ({error}).") from None
         yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
     else:
-        for number, line in open_text(path):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, Unusable(f"broken JSON ({getattr(error, 'msg', 'not UTF-8')})")
+        yield from ((number, from_json(line)) for number, line in lines if line.strip())
 
 
 def read(path, on_error):
     """-> (kind, row) of every usable record of a file; on_error(line, reason) hears of the others."""
-    for number, record in records(path):
-        try:
-            if isinstance(record, Unusable):
-                raise record
-            yield from convert(record)
-        except Unusable as error:
-            on_error(number, str(error))
+    unused = set()
+    try:
+        for number, record in records(path):
+            try:
+                if isinstance(record, Unusable):
+                    raise record
+                if not isinstance(record, dict):
+                    raise Unusable("not a JSON object")
+                rows = convert(record := Record(record))
+                json.dumps(rows, ensure_ascii=False).encode()
+            except Unusable as error:
+                on_error(number, str(error))
+            except UnicodeEncodeError:
+                on_error(number, "half a character (a lone surrogate)")
+            except Exception as error:  # whatever a row holds costs that row only
+                on_error(number, f"cannot be converted ({type(error).__name__}: {str(error)[:100]})")
+            else:
+                if len(unused) < 50:
+                    unused |= record.keys() - record.used
+                yield from rows
+    finally:
+        if unused:
+            print(f"{path}: columns not used: {', '.join(sorted(unused))[:300]}")
 
 
 def stop_at(path):
@@ -263,9 +374,10 @@ def stop_at(path):
 
 
 def is_held_out(row, val_fraction):
-    """By a stable hash of the prompt (or text): rows of one prompt are on one side, on every machine."""
-    messages = row["messages"][:-1] if "messages" in row else row.get("prompt", row.get("text"))
-    digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).digest()
+    """By a stable hash of the first question (or the text): dialogues that begin alike are on one side, on
+    every machine."""
+    first = row["text"] if "text" in row else row.get("messages", row.get("prompt"))[0]["content"]
+    digest = hashlib.blake2b(first.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
@@ -308,12 +420,16 @@ def load(path, kind, val_fraction=0.1, optional=False):
 class Writer:
     """The output files, under temporary names until all is well."""
     def __init__(self, out):
-        out.mkdir(parents=True, exist_ok=True)
-        self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl"
-                      for kind in KINDS for val in (0, 1)}
-        self.files = {key: open(f"{path}.tmp", "w", encoding="utf-8") for key, path in self.paths.items()}
+        self.out, self.files = out, {}
         self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat
         self.seen.execute("create table prompts (digest integer primary key)")
+        self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl"
+                      for kind in KINDS for val in (0, 1)}
+
+    def open(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        for key, path in self.paths.items():
+            self.files[key] = open(f"{path}.tmp", "w", encoding="utf-8")
 
     def add(self, kind, row, val):
         if kind == "prompts":  # each once; eight bytes of a hash are enough to remember it by
@@ -324,14 +440,22 @@ class Writer:
         self.files[kind, val].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[kind, val] += 1
 
-    def close(self, keep):
-        self.seen.close()
-        for key, path in self.paths.items():
-            self.files[key].close()
-            if keep and (self.counts[key] or self.counts[key[0], 0]):
+    def finish(self):
+        for file in self.files.values():
+            file.close()  # the disk may be full: all are closed before the first is put in place
+        for (kind, val), path in self.paths.items():
+            if self.counts[kind, 0] or self.counts[kind, 1]:
                 os.replace(f"{path}.tmp", path)
-            else:
-                os.unlink(f"{path}.tmp")
+            elif path.exists():
+                print(f"{path}: left from an earlier preparation; delete it if it does not belong here.")
+
+    def clear(self):
+        """Whatever happened, no temporary file stays."""
+        self.seen.close()
+        for key, file in self.files.items():
+            with contextlib.suppress(OSError):
+                file.close()
+            Path(f"{self.paths[key]}.tmp").unlink(missing_ok=True)
 
 
 def token_counter():
@@ -340,9 +464,9 @@ def token_counter():
     encode = Tokenizer("gpt2").encode
 
     def count(row):
-        texts = [row.get("text", ""), row.get("chosen", ""), row.get("rejected", "")]
-        texts += [m["content"] for m in row.get("messages", row.get("prompt", []))]
-        return len(encode("".join(texts)))
+        """Of a pair, the prompt and the longer reply: each is a dialogue of its own."""
+        said = [row.get("text", ""), *(m["content"] for m in row.get("messages", row.get("prompt", [])))]
+        return max(len(encode("".join([*said, row.get(side, "")]))) for side in ("chosen", "rejected"))
     return count
 
 
@@ -355,32 +479,41 @@ def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
     for name, value in (("limit", limit), ("max_tokens", max_tokens)):
         if value < 0:
             raise SystemExit(f"--{name}={value}: at least 0, which means no limit.")
+    dropped, too_long, writer = Counter(), Counter(), Writer(out)
+    for path in files:
+        if any(theirs.exists() and theirs.samefile(path) for theirs in writer.paths.values()):
+            raise SystemExit(f"{path}: --out={out} would overwrite what is read. Choose another --out.")
     tokens = token_counter() if max_tokens else None
-    dropped, writer = Counter(), Writer(out)
     try:
+        writer.open()
         for path in files:
             def on_error(number, reason):
                 if strict:
                     stop_at(path)(number, reason)
-                print(f"{path}:{number}: {reason}")
                 dropped[reason] += 1
+                if dropped.total() <= 20:
+                    print(f"{path}:{number}: {reason}")
+                elif dropped.total() == 21:
+                    print("further rows that cannot be used are only counted")
             for kind, row in read(path, on_error):
                 if limit and writer.counts.total() >= limit:
                     break
                 if tokens and tokens(row) > max_tokens:
-                    dropped[f"{kind} of more than {max_tokens} tokens"] += 1
+                    too_long[f"{kind} of more than {max_tokens} tokens"] += 1
                     continue
                 writer.add(kind, row, is_held_out(row, val_fraction))
         if not writer.counts:
             raise SystemExit(f"{', '.join(map(str, files))}: not one usable row. {FORMATS}")
-    except BaseException:
-        writer.close(keep=False)
-        raise
-    writer.close(keep=True)
+        writer.finish()
+    except (OSError, sqlite3.Error) as error:
+        raise SystemExit(f"--out={out}: cannot be written ({error}). Choose a folder with free space; "
+                         "earlier files there are unchanged.") from None
+    finally:
+        writer.clear()
     for kind in KINDS:
         if writer.counts[kind, 0] or writer.counts[kind, 1]:
             print(f"{out}/{kind}.jsonl: {writer.counts[kind, 0]:,} rows, {writer.counts[kind, 1]:,} held out")
-    for reason, n in dropped.most_common():
+    for reason, n in (dropped + too_long).most_common(20):
         print(f"dropped {n:,}: {reason}")
 
 

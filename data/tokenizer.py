@@ -78,7 +78,8 @@ def encode_demonstration(row, tokenizer, block_size):
     is, in as many windows as it takes.
     """
     if "text" in row:
-        ids = [tokenizer.end, *tokenizer.encode(row["text"]), tokenizer.end]  # <|end|> also begins a text
+        edge = {side: [tokenizer.end] * row.get(side, True) for side in ("begins", "ends")}
+        ids = edge["begins"] + tokenizer.encode(row["text"]) + edge["ends"]  # <|end|> also begins a text
         idx, targets = ids[:-1], ids[1:]
         return [(idx[i:i + block_size], targets[i:i + block_size]) for i in range(0, len(idx), block_size)]
     ids, loss_mask = tokenizer.render(row["messages"])
