@@ -61,7 +61,9 @@ def phase(name):
 
 # torchrun starts WORLD processes. Each draws the same batches from the same seed and works on its own rows,
 # [RANK::WORLD]. A sum over a batch is a sum over the processes, so WORLD of them train as one would.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# (An empty variable counts as unset, and a rank alone, which other launchers set, means nothing.)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
 QUIET = True if RANK else None  # tqdm's `disable`: a bar on the first process only, and only in a terminal
 
 

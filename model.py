@@ -12,10 +12,12 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from data import hub
 from data.batches import map_by_length, pad, rng
-from data.run import check_flags, parse_flags, pick_device, require
+from data.run import check_flags, parse_flags, pick_device, require, time_limit
 from data.tokenizer import VOCAB_SIZE, Tokenizer
 from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full_tensor, local, lookup,
                     memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
@@ -373,16 +375,27 @@ def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=
                                                       generator=rng(seed, i)), prompts, batch)
 
 
-def passes(row, reply, tokenizer):
-    """Is the reply, a list of ids, good: does it end, has it no other control token, does its text match?"""
-    whole = reply[-1] == tokenizer.end and all(t < tokenizer.user for t in reply[:-1])
-    return whole and passes_check(row, tokenizer.decode(reply))
+@cache  # once a row
+def report_slow_check(check, prompt):
+    print(f"check {check!r} of prompt {prompt!r}: matching took over a second and was given up; such replies "
+          "do not pass. Rewrite the check without nested repetition.", file=sys.stderr)
 
 
 def passes_check(row, text):
     """Does the reply match the row's check, a regular expression, in full? Training uses it only in
     ppo.py --reward=check."""
-    return re.fullmatch(row["check"], text) is not None
+    try:
+        with time_limit(1):  # some expressions try exponentially many ways to match
+            return re.fullmatch(row["check"], text) is not None
+    except TimeoutError:
+        report_slow_check(row["check"], row["prompt"][-1]["content"])
+        return False
+
+
+def passes(row, reply, tokenizer):
+    """Is the reply, a list of ids, good: does it end, has it no other control token, does its text match?"""
+    whole = reply[-1] == tokenizer.end and all(t < tokenizer.user for t in reply[:-1])
+    return whole and passes_check(row, tokenizer.decode(reply))
 
 
 def gold_score(model, tokenizer, rows, max_new_tokens, seed, batch):
@@ -546,6 +559,7 @@ def score_dialogue(reward_model, tokenizer, messages):
 
 def main(cfg):
     check_flags(cfg)
+    require(cfg.prompt or sys.stdin, 'Standard input is closed, a chat reads it. Use --prompt="..." instead.')
     device, dtype = pick_device(cfg.device, cfg.dtype)
     folders = [folder for folder in (cfg.model, cfg.compare) if folder]
     models = [load_model(folder, GPT, device, dtype) for folder in folders]
@@ -558,6 +572,7 @@ def main(cfg):
     tokenizer, generator, dialogues = Tokenizer(names.pop()), rng(cfg.seed), [[] for _ in models]
 
     def answer(text):
+        text = text.encode(errors="replace").decode()  # bytes that are no character arrive as half ones
         for folder, net, messages in zip(folders, models, dialogues):
             messages.append({"role": "user", "content": text})
             if len(models) > 1:
@@ -576,18 +591,23 @@ def main(cfg):
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal is gone
             return print()
         command, _, file = text.partition(" ")
         file = file.strip() or "chat.json"
         if command == "/reset":
             dialogues = [[] for _ in models]
         elif command == "/save":
+            temporary = Path(file + ".tmp")  # an earlier file stays until this one is whole
             try:
-                Path(file).write_text(json.dumps(dialogues, indent=2, ensure_ascii=False) + "\n")
+                dialogue = json.dumps(dialogues, indent=2, ensure_ascii=False)
+                temporary.write_text(dialogue + "\n", encoding="utf-8")
+                os.replace(temporary, file)
                 print(f"saved to {file}")
-            except OSError as error:
-                print(f"{file}: could not be written ({error.strerror})")
+            except (OSError, ValueError) as error:
+                with suppress(OSError, ValueError):
+                    temporary.unlink()
+                print(f"{file}: could not be written ({error})")
         elif text:
             answer(text)
 

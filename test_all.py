@@ -546,7 +546,7 @@ def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(tmp_path):
     (tmp_path / "out/reward/log.jsonl").write_text('{"step": 1}\n')
     result, text = run_dry(reward, tmp_path, checkpoint=True)
     assert log(tmp_path / "out/reward") == [{"step": 1}, result]
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["log.jsonl"]
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {".lock", "log.jsonl"}
     assert "simulated" in text
     assert set(result) == {"dry_run", "peak_device_bytes", "peak_host_bytes", "phases"}
     assert result["peak_device_bytes"] >= sum(result["phases"]["update"]["owners"].values())
@@ -1037,6 +1037,33 @@ def test_the_chat_keeps_turns_resets_saves_compares_and_stops_at_ctrl_c(tmp_path
     with mock.patch.object(m, "generate", interrupted):
         answer, _ = quiet(m.main, dataclasses.replace(cfg, compare="", reward="", prompt="Well?"))
     assert answer == " yes"
+
+
+def test_the_chat_survives_odd_bytes_and_a_save_that_fails(tmp_path):
+    save(tmp_path / "a", tiny())
+    saved = tmp_path / "chat.json"
+    cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=3)
+    with mock.patch("builtins.input", side_effect=["caf\udce9", f"/save {saved}", OSError]):
+        quiet(m.main, cfg)
+    whole = saved.read_text(encoding="utf-8")
+    assert json.loads(whole)[0][0]["content"] == "caf?"
+    full = mock.patch.object(m.os, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    typed = ["Hi", f"/save {saved}", f"/save {saved}/below", "/save \0", EOFError]
+    with full, mock.patch("builtins.input", side_effect=typed):
+        assert quiet(m.main, cfg)[1].count("could not be written") == 3
+    assert saved.read_text(encoding="utf-8") == whole and len(list(tmp_path.iterdir())) == 2
+    with mock.patch.object(sys, "stdin", None):
+        refuses(lambda: m.main(cfg), "Standard input is closed", "--prompt")
+
+def test_a_check_is_matched_in_full_and_given_up_after_a_second():
+    row = lambda check: {"prompt": [user("What?")], "check": check}
+    assert m.passes_check(row("red"), "red") and not m.passes_check(row("red"), "red or blue")
+    errors, began, setitimer = io.StringIO(), time.time(), signal.setitimer
+    with mock.patch.object(data_run.signal, "setitimer", lambda which, s: setitimer(which, s / 10)):
+        with contextlib.redirect_stderr(errors):
+            assert [m.passes_check(row(r"(?s)(.?.?)*\x00"), "x" * 60) for _ in range(2)] == [False] * 2
+    assert time.time() - began < 5 and errors.getvalue().count("(.?.?)*") == 1
+    assert "'What?'" in errors.getvalue() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 # --- data/prepare.py ----------------------------------------------------------------------------------------
@@ -1885,11 +1912,66 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     torch.load(out / "state.pt", weights_only=True)
     assert not list(out.glob("*.tmp"))
 
-def test_a_fresh_run_forgets_the_state_of_an_earlier_one(tmp_path):
+def test_a_fresh_run_leaves_an_earlier_one_whole_until_it_saves(tmp_path):
     run(sft, tmp_path)
-    data_run.Run(small(sft, tmp_path, steps=99))
-    assert not (tmp_path / "out/sft/state.pt").exists()
-    assert (tmp_path / "out/sft/model.safetensors").exists()
+    out, cfg = tmp_path / "out/sft", small(sft, tmp_path, steps=99)
+    before = {name: (out / name).read_bytes() for name in ("state.pt", "log.jsonl", "model.safetensors")}
+    running = data_run.Run(cfg)
+    running.log(step=1)
+    assert before == {name: (out / name).read_bytes() for name in before}
+    refuses(lambda: data_run.Run(dataclasses.replace(cfg, resume=True)), "--steps=6, not 99")
+    running.save(2, *m.exported(tiny()))
+    running.log(step=3)
+    assert log(out) == [{"step": 1}, {"step": 3}] and not (out / "log.jsonl.new").exists()
+    assert torch.load(out / "state.pt", weights_only=True)["log"] == running.lines[:1]
+
+def test_a_second_process_is_kept_out_of_the_folder_until_the_first_one_ends(tmp_path):
+    write_data(tmp_path / "data")
+    lock = f"from data.run import *; file = lock_folder({str(tmp_path / 'out/sft')!r}); print(1); input()"
+    with start([sys.executable, "-u", "-c", lock], stdin=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "1\n", other.stderr.read()
+        for refused in (data_run.check_flags, data_run.Run):
+            refuses(lambda: refused(small(sft, tmp_path)), "--out=", "another process")
+        other.kill()
+    run(sft, tmp_path)
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_data_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("/no/where")
+    for name in ("file", "file/below", "link"):
+        for changes in ({}, {"dry_run": True}):
+            out = str(tmp_path / name)
+            refuses(lambda: run(sft, tmp_path, data="unread", out=out, **changes), f"--out={out}: no folder")
+
+def test_resume_refuses_inputs_that_have_changed(tmp_path):
+    run_all(tmp_path)
+    resume = lambda: data_run.Run(small(ppo, tmp_path, resume=True))
+    with open(tmp_path / "out/sft/log.jsonl", "a") as f:
+        f.write("a dry run's line, which is no input\n")
+    quiet(resume)
+    for name, path in (("init", "out/sft/config.json"), ("reward", "out/reward/model.safetensors"),
+                       ("data", "data/prompts.jsonl")):
+        whole = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(whole[:-1] + b" ")
+        refuses(resume, f"--{name}=", "has changed", "omit --resume")
+        (tmp_path / path).write_bytes(whole)
+    state = torch.load(tmp_path / "out/ppo/state.pt", weights_only=True)
+    assert state.pop("inputs").keys() == {"init", "reward", "data"}
+    torch.save(state, tmp_path / "out/ppo/state.pt")  # as earlier versions wrote it
+    assert "resuming" in quiet(resume)[1]
+
+def test_ranks_of_other_launchers_and_empty_ones_mean_one_process():
+    typed = [sys.executable, "-c", "import sys\nfrom data.run import *\nsys.stdout = sys.stderr\n"
+             "pick_device('cpu', 'float32'); sys.exit(f'{RANK} of {WORLD}')"]
+    for given, said in (({"RANK": "1"}, "0 of 1"), ({"RANK": "", "WORLD_SIZE": ""}, "0 of 1"),
+                        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun")):
+        errors = finished(typed, env=os.environ | given).stderr
+        assert said in errors and "Traceback" not in errors, errors
+
+def test_a_console_that_lacks_a_character_ends_no_run():
+    typed = [sys.executable, "-c", "import model\nprint(model.parse_flags(model.Config).prompt)"]
+    done = finished([*typed, "--prompt=\u2192"], env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 def test_resume_with_other_flags_is_refused(tmp_path):
     run(sft, tmp_path)
@@ -2070,7 +2152,11 @@ def test_fuzz_data(tmp_path):
         (tmp_path / name).write_bytes(data)
         survives(tmp_path / name, lambda: prepare.main([tmp_path / name], tmp_path / "out"))
 
-def test_fuzz_flags():
+def test_fuzz_flags(tmp_path):
+    with mock.patch.object(data_run, "lock_folder"):  # no folder is made
+        fuzz_flags()
+
+def fuzz_flags():
     draw, passed, signs = random.Random(0), 0, ("=", "=", "=", "", "-", "x=")
     values = ["", *"0 -1 1 3 0.5 1e999 nan -inf yes all gpt2 / ..".split(), "9" * 30]
     for i in range(FUZZ):

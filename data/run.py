@@ -2,13 +2,17 @@
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +26,9 @@ from memory import (DEVICE, QUIET, RANK, WORLD, all_reduce_sum, dry_run, exit_di
 
 def parse_flags(cls, argv=None):
     """The command line -> a cls. Every field is a flag of the same name; its trailing comment is the help."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a character that a console lacks must end no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=inspect.getmodule(cls).__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +62,7 @@ RULES = [  # flags, what their values have to pass, and the same in words
     ("steps batch minibatch epochs kl_horizon n_layer n_head n_embd log_every eval_every save_every "
      "best_of_n eval_prompts", lambda x: x >= 1, "at least 1"),
     ("microbatch warmup weight_decay grad_clip seed lora_rank kl_coef kl_target value_coef ptx_coef "
-     "missing_eos_penalty target_kl max_new_tokens temperature", lambda x: x >= 0, "at least 0"),
+     "missing_eos_penalty target_kl max_new_tokens temperature top_k", lambda x: x >= 0, "at least 0"),
     ("score_clip clip value_clip", lambda x: x > 0, "above 0"),
     ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
@@ -89,6 +96,8 @@ def check_flags(cfg):
                     f"--out={cfg.out} would overwrite --{name}.")
     require(WORLD == 1 or flags.get("offload") != "all" and not flags.get("dry_run"),
             "--offload=all and --dry_run are for one process; torchrun shards the weights instead.")
+    if "out" in flags and not RANK:
+        lock_folder(cfg.out).close()  # what Run would refuse, but before the data are read
 
 
 def cosine_lr(step, cfg):
@@ -99,6 +108,23 @@ def cosine_lr(step, cfg):
     return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # 1 at the start, 0.1 at the end
 
 
+@contextmanager
+def time_limit(seconds):
+    """TimeoutError inside after so long, by a signal: there is no limit on Windows, nor in a thread."""
+    def give_up(*_):
+        raise TimeoutError
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old_handler = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_handler)
+
+
 # --- device -------------------------------------------------------------------------------------------------
 
 def pick_device(device, dtype):
@@ -106,14 +132,20 @@ def pick_device(device, dtype):
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if not os.environ.get(name)]
+    require(WORLD == 1 or not missing, f"WORLD_SIZE={WORLD} is set, {', '.join(missing)} not: start several "
+                                       "processes with torchrun, or unset WORLD_SIZE.")
     try:
         device = init_distributed(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise SystemExit(f"--device={device}: not usable here ({str(error).splitlines()[0]}).") from None
     kind = device.type
     if kind == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported()
+        torch.cuda.set_device(device)  # streams and memory counts are the current device's
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for tens of milliseconds, at each shape
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         can_ask = kind == "cpu" and hasattr(torch.cpu, "get_capabilities")
         features = torch.cpu.get_capabilities() if can_ask else {}
@@ -144,6 +176,8 @@ def run_dry(cfg, iteration):
     with dry_run() as count:
         iteration(cfg, DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
     result = count.report()
+    if cfg.dtype == "auto":
+        print("--dtype=auto: weights are counted in bfloat16; for a processor without it use --dtype=float32")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     with open(Path(cfg.out) / "log.jsonl", "a") as f:  # an earlier run's log stays
         print(json.dumps(result), file=f)
@@ -155,12 +189,47 @@ def run_dry(cfg, iteration):
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these flags
 
 
-def read_state(path, flags):
-    """What Run.save wrote, if these are the flags that it was written with."""
+def lock_folder(out):
+    """Make the folder and keep other processes' runs out of it until the returned file is closed; the system
+    closes it when a process dies."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out) / ".lock", "w")
+    except OSError as error:
+        raise SystemExit(f"--out={out}: no folder that can be written to ({error.strerror}). Choose "
+                         "another.") from None
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"--out={out}: another process is writing there. Wait for it, or choose another "
+                         "folder.") from None
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
+    return file
+
+
+def input_digests(flags):
+    """{flag: SHA-256 of the names and bytes of the files that it names}, where there are any."""
+    digests = {}
+    for name in ("init", "reward", "data"):
+        path = Path(flags.get(name) or os.devnull)
+        files = [path] if path.is_file() else [
+            p for p in sorted(path.glob("*")) if p.name == "config.json" or p.name != "log.jsonl"
+            and p.suffix in (".safetensors", ".bin", ".jsonl")]
+        if files:
+            known = [(p.name, p.stat().st_size and hub.sha256(p)) for p in files]  # no mmap of an empty file
+            digests[name] = hashlib.sha256(repr(known).encode()).hexdigest()
+    return digests
+
+
+def read_state(path, flags, digests):
+    """What Run.save wrote, if these are the flags and inputs that it was written with."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        kinds = [type(state[name]) for name in ("step", "cfg", "log")]
-        if kinds != [int, dict, list]:
+        state.setdefault("inputs", {})  # an earlier version's state has none
+        kinds = [type(state[name]) for name in ("step", "cfg", "log", "inputs")]
+        if kinds != [int, dict, list, dict]:
             raise TypeError("another program's file")
     except Exception as error:  # pickle's are many
         raise SystemExit(f"{path}: not a state to resume from ({type(error).__name__}). Delete it, or omit "
@@ -169,33 +238,37 @@ def read_state(path, flags):
         now = flags.get(name)
         require(name in MAY_CHANGE or was == now,
                 f"--resume: {path} was made with --{name}={was}, not {now}. Use the same, or omit --resume.")
+    for name, was in state["inputs"].items():
+        require(digests.get(name, was) == was, f"--{name}={flags.get(name)}: its content has changed since "
+                f"{path} was made. Use the same, or omit --resume.")
     return state
 
 
 class Run:
     """A training run's folder: log.jsonl, state.pt and the model. A kill never damages the last two.
 
-    state.pt alone decides a resume. It holds the step, the flags, the log up to that step, and what save()
-    was given: the optimizer's state, with the 32-bit weights in it. There are no random states, as every draw
-    is a function of the seed and the step. Of many processes only the first one writes.
+    state.pt alone decides a resume. It holds the step, the flags, digests of the inputs, the log up to that
+    step, and what save() was given: the optimizer's state, with the 32-bit weights in it. There are no random
+    states, as every draw is a function of the seed and the step. Of many processes only the first one writes.
+    An earlier run's files stay until the first save(); until then the log is log.jsonl.new.
 
     with Run(cfg) as run: Ctrl-C lets the step finish; save_due() is then true, and save() ends the run.
     """
     def __init__(self, cfg):
         self.cfg, self.out, self.clock = dataclasses.asdict(cfg), Path(cfg.out), time.time()
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = None if RANK else lock_folder(self.out)
+        self.inputs = {} if RANK else input_digests(self.cfg)
         self.state, self.start, self.lines, self.ctrl_c, self.stop = None, 0, [], False, False
         path = self.out / "state.pt"
         if cfg.resume and path.exists():
-            self.state = read_state(path, self.cfg)
+            self.state = read_state(path, self.cfg, self.inputs)
             self.start, self.lines = self.state["step"], self.state["log"]
             print(f"resuming {self.out} after step {self.start}")
         elif cfg.resume:
             print(f"nothing to resume in {self.out}: starting at step 0")
+        self.log_path = self.out / ("log.jsonl.new" if path.exists() and not self.state else "log.jsonl")
         if not RANK:
-            if not self.state:  # an earlier run's state: --resume must not take it for this one's
-                path.unlink(missing_ok=True)
-            hub.write_file(self.out / "log.jsonl", lambda path: path.write_text("".join(self.lines)))
+            hub.write_file(self.log_path, lambda path: path.write_text("".join(self.lines)))
 
     def __enter__(self):
         try:
@@ -231,10 +304,10 @@ class Run:
         if RANK:
             return
         try:
-            with open(self.out / "log.jsonl", "a") as f:
+            with open(self.log_path, "a") as f:
                 f.write(self.lines[-1])
         except OSError as error:
-            raise SystemExit(f"{self.out}/log.jsonl: could not be written ({error}). The last good "
+            raise SystemExit(f"{self.log_path}: could not be written ({error}). The last good "
                              "checkpoint is untouched; free some space and go on with --resume.") from None
 
     def save_due(self, step):
@@ -248,8 +321,10 @@ class Run:
         # all processes ask, for a sharded state_dict() is put together from all of them
         state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
         if not RANK:
-            state |= {"step": step, "cfg": self.cfg, "log": self.lines}
+            state |= {"step": step, "cfg": self.cfg, "log": self.lines, "inputs": self.inputs}
             hub.write_file(self.out / "state.pt", lambda path: torch.save(state, path))
+            if self.log_path.suffix == ".new":
+                self.log_path = self.log_path.replace(self.out / "log.jsonl")
         self.save_model(config, tensors)
         require(not self.stop, "stopped and saved. The same command with --resume goes on.")
 
@@ -262,5 +337,7 @@ class Run:
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
         print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
         self.log(step=step, **summary, final=True)
+        if self.lock:
+            self.lock.close()
         exit_distributed()
         return summary
