@@ -282,8 +282,8 @@ def open_text(path):
 
 
 def text_chunks(path, size=2000):
-    """A text file, all of it, as rows of one document: `size` to 2 * `size` characters and up to a line more,
-    cut at a blank line if one comes."""
+    """A text file, all of it, as rows of one document: `size` characters up to the next blank line, or
+    2 * `size` where none comes."""
     chunk, begins, blank = "", {}, False
     for number, line in open_text(path):
         try:
@@ -293,9 +293,10 @@ def text_chunks(path, size=2000):
                              "LATIN1 -t UTF-8, or drop such bytes: iconv -c -t UTF-8.") from None
         for i in range(0, len(line), size):  # a whole book may be one line
             if len(chunk) >= 2 * size or len(chunk) >= size and blank:
-                yield number, {"text": chunk, **begins, "ends": False}
-                chunk, begins = "", {"begins": False}
-            chunk += line[i:i + size]
+                cut = len(chunk) if blank else 2 * size
+                yield number, {"text": chunk[:cut], **begins, "ends": False}
+                chunk, begins = chunk[cut:], {"begins": False}
+            chunk, blank = chunk + line[i:i + size], False
         blank = not line.strip()
     if chunk:
         yield number, {"text": chunk, **begins}
