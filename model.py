@@ -392,7 +392,7 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, seed=0):
     """A folder in the hub's layout, or a name of hub.SIZES -> cls. A Scorer made from a language model gets a
     fresh head, drawn from `seed`."""
     with first_process_first():  # one download is enough
-        folder = hub.find(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
+        folder = hub.hub_folder(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
     config, tensors = hub.read(folder)
     model = cls(GPTConfig(**config))
     if cls is Scorer and "score.weight" not in tensors:
