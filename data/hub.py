@@ -87,7 +87,7 @@ def read_safetensors(path):
 
 def read_json(path):
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise SystemExit(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(value, dict):
@@ -290,19 +290,19 @@ def fetch(url, part):
     with urllib.request.build_opener(redirect).open(request, timeout=30) as answer:
         told = lambda name: redirect.linked.get(name) or answer.headers.get(name) or ""
         have = have if answer.status == 206 else 0
-        length = answer.headers.get("Content-Length")  # None: the answer ends where the connection does
-        size = int(told("X-Linked-Size") or (have + int(length) if length else 0)) or None
+        length = answer.headers.get("Content-Length")
+        size = int(told("X-Linked-Size") or (have + int(length) if length else 0))  # 0: nobody tells
         digest = told("X-Linked-Etag").strip('"')
-        bar = tqdm(desc=url.split("/")[-1], total=size, initial=have, unit="B", unit_scale=True, disable=None)
+        bar = tqdm(desc=url.split("/")[-1], total=size or None, initial=have, unit="B",
+                   unit_scale=True, disable=None)
         with open(part, "ab" if have else "wb") as f, bar:
             while piece := answer.read(2**20):
                 f.write(piece)
                 bar.update(len(piece))
     have = part.stat().st_size
-    size = have if size is None else size
-    if have < size:
+    if have < max(size, 1):
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
-    if have > size or len(digest) == 64 and sha256(part) != digest:
+    if have > size > 0 or len(digest) == 64 and sha256(part) != digest:
         part.unlink()
         raise ConnectionError("what came is not what was announced (size or SHA-256)")
 
