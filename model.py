@@ -414,7 +414,7 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
     """A folder in the hub's layout, or a name of hub.SIZES -> cls, GPT from a language model, Scorer from a
     reward model. With head_seed a Scorer is made from a language model, its head drawn from that seed."""
     with first_process_first():  # one download is enough
-        folder = hub.find(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
+        folder = hub.hub_folder(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
     config, tensors = hub.read(folder)
     model = cls(GPTConfig(**config))
     found, wanted = (("language model", "reward model")[x] for x in (

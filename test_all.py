@@ -709,7 +709,28 @@ def test_gpt2_encoding_has_its_known_values():
     assert tokenizer.encode("\n\nHuman:") == [198, 198, 20490, 25]
     assert (tokenizer.user, tokenizer.end, tokenizer.vocab_size) == (50257, 50259, 50304)
     assert 50256 not in tokenizer.encode("<|endoftext|>")
-    assert tokenizer.decode([15496, 50259, 50300]) == "Hello"
+    assert tokenizer.decode([15496, 50256, 50259, 50300]) == "Hello"
+
+def test_only_user_and_assistant_speak_and_a_system_message_goes_before_the_users():
+    import jinja2  # torch depends on it
+    def refuse(message):
+        raise SystemExit(message)
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.CHAT_TEMPLATE)
+    shown = lambda messages: template.render(messages=messages, raise_exception=refuse)
+    system, tool = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42"}
+    turns = [system, system, user("a"), assistant("b"), user("c"), assistant("d")]
+    assert shown(turns) == shown(prepare.as_messages(turns)) == (
+        "<|user|>Be brief.\n\nBe brief.\n\na<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>")
+    for messages in ([user("a"), tool], [user("a"), system]):
+        refuses(lambda: shown(messages), messages[1]["role"])
+        refuses(lambda: TINY.render(messages), messages[1]["role"])
+
+def test_a_million_blanks_are_encoded_and_long_texts_are_cut_where_tokens_end():
+    assert TINY.decode(TINY.encode(" " * 10**6 + "x")) == " " * 10**6 + "x"
+    for encode, plain in ((x.encode, x.encoding.encode_ordinary) for x in (TINY, gpt2())):
+        for blanks in ("\n\n  ", "\n" * 99):
+            long = "".join(f"It's {i}!{blanks}word" for i in range(1_000_000 // (10 + len(blanks))))
+            assert len(long) > 900_000 and encode(long) == plain(long)
 
 def test_without_a_network_the_message_names_the_files():
     with mock.patch.object(tokenizer.tiktoken, "get_encoding", side_effect=OSError("no route")):
@@ -781,7 +802,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(wrong, int):
             return self.send_error(wrong)
         name, data = Path(self.path).name, (self.server.files / Path(self.path).name).read_bytes()
-        if self.path.startswith("/openai"):  # as the hub: a redirect that knows size and hash
+        data = b"" if wrong == "empty" else data
+        if self.path.startswith("/openai") and wrong not in ("no length", "empty"):
+            # as the hub: a redirect that knows size and hash
             digest = "0" * 64 if wrong == "hash" else hashlib.sha256(data).hexdigest()
             self.send_response(302)
             self.send_header("Location", f"/store/{name}")
@@ -790,7 +813,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        if wrong != "no length":
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start:start + 60_000] if wrong == "drop" else data[start:])
 
@@ -832,16 +856,48 @@ def test_a_broken_connection_is_gone_on_with(tmp_path):
     assert ranges[:3] == [None, "bytes=60000-", "bytes=120000-"]
     assert not list((tmp_path / "cache").rglob("*.part"))
 
+def test_an_answer_that_does_not_tell_its_length_is_taken(tmp_path):
+    with hub_server(tmp_path) as server:
+        server.misbehave = ["no length"] * 2  # a plain mirror: no redirect, no hash either
+        loads("gpt2")
+        assert len(server.requests) == 2
+
+def test_an_empty_answer_is_asked_for_again(tmp_path):
+    with hub_server(tmp_path) as server:
+        server.misbehave = ["empty", None, "empty"]
+        loads("gpt2")
+
+def test_a_busy_hub_is_asked_again(tmp_path):
+    with hub_server(tmp_path) as server:
+        server.misbehave = [429, 408, 416, 500]
+        loads("gpt2")
+
 def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(tmp_path):
     load = lambda: m.load_model("gpt2")
     with hub_server(tmp_path) as server:
         for wrong, words in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"),
-                             ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503")):
+                             ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503"), ([416] * 5, "416"),
+                             ([429] * 5, "429")):
             server.misbehave = wrong
             refuses(load, words, "config.json and model.safetensors")
             assert not list((tmp_path / "cache").rglob("model.safetensors"))
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch.object(hub, "fetch", side_effect=full) as fetch:
+            refuses(load, "No space left", "main/model.safetensors")
+        assert fetch.call_count == 1  # it would be as full a second later
+        (tmp_path / "file").touch()
+        with mock.patch.dict(os.environ, HF_HOME=str(tmp_path / "file")):
+            refuses(load, "Not a directory", "HF_HOME")
         with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"):
             refuses(load, "HF_HUB_OFFLINE")
+
+def test_without_a_home_the_message_names_hf_home():
+    with mock.patch.dict(os.environ), mock.patch.object(Path, "home", side_effect=RuntimeError):
+        for name in ("HF_HOME", "HF_HUB_CACHE"):
+            os.environ.pop(name, None)
+        refuses(lambda: m.load_model("gpt2"), "HF_HOME")
+        os.environ |= {"HF_HUB_CACHE": "/nowhere", "HF_HUB_OFFLINE": "1"}
+        refuses(lambda: m.load_model("gpt2"), "/nowhere")
 
 def test_every_variant_of_a_folder_loads(tmp_path):
     save(tmp_path, tiny())
@@ -854,14 +910,19 @@ def test_every_variant_of_a_folder_loads(tmp_path):
             hub.write_safetensors(folder / f"{name}.safetensors", part)
         return folder
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    causal = {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor([-1e4])}
-    loads(variant(model=bare | causal))
+    for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):  # whatever the causal mask is made of, it is not read
+        mask = torch.ones(1, 1, 8, 8).to(dtype)
+        loads(variant(model=bare | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor([-1e4])}))
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."):
+        loads(variant(model={prefix + name: t for name, t in tensors.items()}))
+    loads(variant(model={name.replace("h.0.", "h.0._orig_mod."): t for name, t in tensors.items()}))
     loads(variant(model=tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}))
     variant(a=dict(list(bare.items())[:9]), b=dict(list(bare.items())[9:]))
     where = {name: f"{'a' if i < 9 else 'b'}.safetensors" for i, name in enumerate(bare)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     loads(folder)
     torch.save({name: t.clone() for name, t in tensors.items()}, variant() / "pytorch_model.bin")
+    (folder / "tf_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")  # not asked for
     loads(folder)
     for dtype in (torch.float16, torch.bfloat16):
         half = m.load_model(variant(model={name: t.to(dtype) for name, t in tensors.items()}))
@@ -884,6 +945,13 @@ def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(tmp_path):
     lost, head = {name: t for name, t in tensors.items() if "ln_f.bias" not in name}, torch.zeros(1024, 32)
     for change, stored, *words in (
             ({"model_type": "llama"}, tensors, "llama"), ({"activation_function": "relu"}, tensors, "relu"),
+            ({"scale_attn_by_inverse_layer_idx": True}, tensors, "scale_attn_by_inverse_layer_idx is True"),
+            ({"scale_attn_weights": False}, tensors, "scale_attn_weights is False"),
+            ({"add_cross_attention": True}, tensors, "add_cross_attention is True"),
+            ({"layer_norm_epsilon": 1e-6}, tensors, "layer_norm_epsilon is 1e-06"),
+            ({"n_inner": 96}, tensors, "n_inner 96"), ({"tokenizer": ["t"]}, tensors, "tokenizer is ['t']"),
+            ({"n_embd": None}, tensors, "sizes"), ({"vocab_size": 21128}, tensors, "21128 rows", "tiny"),
+            ({}, tensors | {"transformer.wte.weight": torch.zeros(21128, 32)}, "21128 rows"),
             ({"n_embd": 10**9}, tensors, "sizes"),
             ({"n_layer": 5000}, tensors, "more than model.safetensors holds"),
             ({}, tensors | {"lm_head.weight": head}, "wte.weight", "tied"), ({}, lost, "ln_f.bias"),
@@ -900,6 +968,28 @@ def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(tmp_path):
     torch.save({"wte.weight": torch.zeros(10**5), "x": Evil()}, tmp_path / "pytorch_model.bin")
     refuses(load, "pytorch_model.bin")
     assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": tensors}, tmp_path / "pytorch_model.bin")
+    refuses(load, "pytorch_model.bin", "not a state_dict()")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n")
+    refuses(load, "model.safetensors", "git lfs pull")
+    path.unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "lost.safetensors"}}))
+    refuses(load, "lost.safetensors")
+
+def test_gpt2s_own_rows_pass_and_get_room_for_the_control_tokens(tmp_path):
+    net = GPT(GPTConfig(50257, 64, 1, 2, 8, "gpt2")).initialize(rng(0))
+    with mock.patch.object(hub, "tokenizer_files", return_value={}):
+        gpt2()
+        save(tmp_path, net)
+    for ascii in (True, False):
+        tokens = json.dumps({"Ġthe": 262}, ensure_ascii=ascii)
+        (tmp_path / "vocab.json").write_text(tokens, encoding="utf-8")
+        grown = m.load_model(tmp_path).wte.weight
+    assert torch.equal(grown[:50257], net.wte.weight) and len(grown) == 50304
+    close(grown[50257:], net.wte.weight.mean(0).expand(47, -1))
+    (tmp_path / "vocab.json").write_text(json.dumps({"Ġque": 262}))
+    refuses(lambda: m.load_model(tmp_path), "vocab.json", "not GPT-2's tokens")
 
 
 # --- model.py: the network, generation, the chat ------------------------------------------------------------
@@ -1907,10 +1997,19 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     for where in ((torch, "save"), (hub, "write_safetensors")):
         with mock.patch.object(*where, side_effect=OSError(errno.ENOSPC, "No space left on device")):
             running, _ = quiet(data_run.Run, cfg)
-            refuses(lambda: running.save(6, *m.exported(tiny())), "No space left", "last good checkpoint")
+            refuses(lambda: running.save(6, *m.exported(tiny())), "No space left", "untouched", "--resume")
     assert all(path.read_bytes() == data for path, data in files.items())
     torch.load(out / "state.pt", weights_only=True)
     assert not list(out.glob("*.tmp"))
+
+def test_a_file_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to("/proc/nowhere/x")
+    for name in ("file", "nowhere"):
+        refuses(lambda: save(tmp_path / name, tiny()), f"{name}/model.safetensors", "another folder")
+    write = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    with mock.patch.object(Path, "unlink", write):
+        refuses(lambda: hub.write_file(tmp_path / "x", write), "/x: ", "Permission denied")
 
 def test_a_fresh_run_leaves_an_earlier_one_whole_until_it_saves(tmp_path):
     run(sft, tmp_path)

@@ -2,12 +2,13 @@
 
     config, tensors = read(folder)       # any GPT-2 folder, in our names and orientation
     write(folder, config, tensors)       # config.json, model.safetensors, the tokenizer's files
-    folder = find("gpt2")                # in the hub's local cache, or downloaded there
+    folder = hub_folder("gpt2")                # in the hub's local cache, or downloaded there
 
 config: {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "tokenizer"}. tensors: {name: tensor};
 our names are the hub's without "transformer.", our matrices (out, in) where the hub's are (in, out). HF_HOME
 or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 bans downloads.
 """
+import contextlib
 import hashlib
 import http.client
 import json
@@ -15,6 +16,7 @@ import math
 import mmap
 import os
 import re
+import ssl
 import struct
 import time
 import urllib.error
@@ -36,18 +38,21 @@ def write_file(path, write):
     """write(temporary path), then rename: a kill or a full disk leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"{path}: could not be written ({error}). The last good checkpoint is untouched; "
-                         f"free some space and go on with --resume.") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise SystemExit(f"{path}: could not be written ({error}). What was there before is untouched. Free "
+                         "some space or give another folder; a run goes on with --resume.") from None
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "U8": torch.uint8}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+          "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+          "I64": torch.int64}
 
 
 def write_safetensors(path, tensors):
@@ -82,7 +87,7 @@ def read_safetensors(path):
 
 def read_json(path):
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise SystemExit(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(value, dict):
@@ -111,7 +116,6 @@ def write(folder, config, tensors):
     written |= {"num_labels": 1, "pad_token_id": tokenizer.user} if scorer else {}
     hub_tensors = {name if name.startswith("score.") else f"transformer.{name}":
                    t.T if name.endswith(TRANSPOSED) else t for name, t in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", lambda path: write_safetensors(path, hub_tensors))
     files = {"config.json": written, **tokenizer_files(tokenizer.name, config["n_positions"])}
     for name, content in files.items():
@@ -126,12 +130,16 @@ def read(folder):
     SystemExit with file and remedy if it is not there, damaged, or another architecture.
     """
     folder = Path(folder)
-    config, stored, tensors = read_config(folder), read_tensors(folder), {}
+    config, tensors = read_config(folder), {}
+    # DataParallel, FSDP and torch.compile put such words into the names
+    stored = {re.sub(r"\b(_orig_mod|\w*module)\.", "", name): t for name, t in read_tensors(folder).items()}
     head = stored.get("lm_head.weight")
     embedding = stored.get("transformer.wte.weight", stored.get("wte.weight"))
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise SystemExit(f"{folder}: lm_head.weight differs from wte.weight; only GPT-2's tied head is known "
                          "here.")
+    if embedding is not None:
+        check_vocabulary(folder, config["tokenizer"], embedding.shape[0] if embedding.ndim else 0)
     for name, t in stored.items():
         name = name.removeprefix("transformer.")
         if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
@@ -146,47 +154,84 @@ def read(folder):
 def read_config(folder):
     """-> config alone: no weight is read."""
     folder = Path(folder)
-    files = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-    if not (folder / "config.json").exists() or not any((folder / file).exists() for file in files):
+    files = weight_files(folder)
+    if not (folder / "config.json").exists() or not files:
         script = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
         remedy = f'Run "python {script}" first.' if script else \
             "It should hold config.json and model.safetensors."
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
-    stored = read_json(folder / "config.json")
-    kind, activation = stored.get("model_type"), stored.get("activation_function", "gelu_new")
-    if kind != "gpt2" or activation not in ("gelu_new", "gelu_pytorch_tanh"):  # two names of one function
-        raise SystemExit(f"{folder}: a GPT-2 with gelu_new is needed, this is {kind} with {activation}.")
-    tokenizer = stored.get("tokenizer", "gpt2")
-    if tokenizer not in VOCAB_SIZE:
-        raise SystemExit(f"{folder}: tokenizer {tokenizer} is unknown; tiny and gpt2 are there.")
+    stored = {"model_type": None, **read_json(folder / "config.json")}
+    known = {"model_type": ["gpt2"], "tokenizer": ["gpt2", "tiny"],
+             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
+             "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
+             "scale_attn_by_inverse_layer_idx": [False]}
+    for name, values in known.items():  # the first is what transformers takes where nothing is said
+        value = stored.get(name, values[0])
+        if value not in values:
+            raise SystemExit(f"{folder}/config.json: {name} is {value}; known here: "
+                             f"{', '.join(map(str, values))}.")
+    tokenizer, n_inner = stored.get("tokenizer", "gpt2"), stored.get("n_inner")
     sizes = {name: stored.get(name) for name in ("n_positions", "n_layer", "n_head", "n_embd")}
     if not all(isinstance(n, int) and 0 < n < 10**6 for n in sizes.values()) \
-            or sizes["n_embd"] % sizes["n_head"]:
-        raise SystemExit(f"{folder}/config.json: {sizes}: not a GPT-2's sizes.")
+            or sizes["n_embd"] % sizes["n_head"] or n_inner not in (None, 4 * sizes["n_embd"]):
+        raise SystemExit(f"{folder}/config.json: {sizes}, n_inner {n_inner}: not a GPT-2's sizes.")
+    check_vocabulary(folder, tokenizer, stored.get("vocab_size", VOCAB_SIZE[tokenizer]))
+    for file in folder / "vocab.json", folder / "tokenizer.json":  # GPT-2s of other languages have as many
+        if tokenizer == "gpt2" and file.is_file() and not re.search(
+                r'"(Ġ|\\u0120)the": *262\b', file.read_text(encoding="utf-8", errors="replace")):
+            raise SystemExit(f"{file}: these are not GPT-2's tokens; only tiny and gpt2 are known here.")
     # a layer has 12 n_embd^2 weights, of at least 2 bytes; a damaged config.json could ask for terabytes
-    bytes_there = sum(f.stat().st_size for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
+    bytes_there = sum(map(weight_bytes, files))
     if 2 * 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 > bytes_there:
         raise SystemExit(f"{folder}: {sizes['n_layer']} layers of width {sizes['n_embd']} (config.json) are "
                          "more than model.safetensors holds.")
     return {"vocab_size": VOCAB_SIZE[tokenizer], **sizes, "tokenizer": tokenizer}
 
 
+def check_vocabulary(folder, tokenizer, rows):
+    """GPT-2's 50257 rows pass, too, and those with a few tokens more: rows are added up to ours."""
+    if rows not in range(50257 if tokenizer == "gpt2" else VOCAB_SIZE[tokenizer], VOCAB_SIZE[tokenizer] + 1):
+        raise SystemExit(f"{folder}: a vocabulary of {rows} rows is not that of the tokenizer {tokenizer}; "
+                         "only tiny and gpt2 are known here.")
+
+
+def weight_files(folder):
+    """-> the files that are to be read: one, the shards, or none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists() or (folder / "model.safetensors").exists():
+        return [folder / name for name in ("model.safetensors", "pytorch_model.bin")
+                if (folder / name).exists()][:1]
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise SystemExit(f"{index}: no weight_map from keys to files.")
+    return [folder / Path(file).name for file in sorted(set(files.values()))]
+
+
+def weight_bytes(path):
+    try:
+        with open(path, "rb") as f:
+            pointer = f.read(23) == b"version https://git-lfs"
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error}).") from None
+    if pointer:
+        raise SystemExit(f"{path}: git-lfs's pointer to the weights, not the weights. Run \"git lfs pull\" "
+                         "there.")
+    return path.stat().st_size
+
+
 def read_tensors(folder):
     """-> {name: tensor} as stored."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise SystemExit(f"{index}: no weight_map from keys to files.")
-        shards = [read_safetensors(folder / Path(file).name) for file in sorted(set(files.values()))]
-        return {name: t for shard in shards for name, t in shard.items()}
+    files = weight_files(folder)
+    if files[0].suffix == ".safetensors":
+        return {name: t for file in files for name, t in read_safetensors(file).items()}
     try:
-        return torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
+        stored = torch.load(files[0], weights_only=True, map_location="cpu")
     except Exception as error:  # pickle's are many
-        raise SystemExit(f"{folder}/pytorch_model.bin: not readable without running its code "
+        raise SystemExit(f"{files[0]}: not readable without running its code "
                          f"({type(error).__name__}).") from None
+    if not isinstance(stored, dict) or not all(isinstance(t, torch.Tensor) for t in stored.values()):
+        raise SystemExit(f"{files[0]}: not a state_dict(), names with a tensor each.")
+    return stored
 
 
 # --- downloads ----------------------------------------------------------------------------------------------
@@ -197,10 +242,13 @@ into a folder and give that folder in place of {name}. (HF_HOME names the cache,
 HF_TOKEN an account.)"""
 
 
-def find(name):
+def hub_folder(name):
     """A model of the hub by name -> its folder in the hub's local cache, downloaded if it is not there."""
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or cache)
+    try:
+        cache = Path(os.environ.get("HF_HUB_CACHE")
+                     or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub")
+    except RuntimeError:
+        raise SystemExit(f"{name}: you have no home folder to keep it in. Set HF_HOME to a folder.") from None
     for repo in f"models--openai-community--{name}", f"models--{name}":
         for folder in (cache / repo / "snapshots").glob("*"):
             if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
@@ -210,12 +258,12 @@ def find(name):
         raise SystemExit(BY_HAND.format(name=name, error=error))
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = cache / f"models--openai-community--{name}" / "snapshots" / "main"
-    folder.mkdir(parents=True, exist_ok=True)
     for file in ("model.safetensors", "config.json"):  # the small one last: with it the folder is whole
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             download(f"{endpoint}/openai-community/{name}/resolve/main/{file}", folder / file)
         except OSError as error:
-            raise SystemExit(BY_HAND.format(name=name, error=f"{file} of {name}: {error}")) from None
+            raise SystemExit(BY_HAND.format(name=name, error=f"{folder / file}: {error}")) from None
     return folder
 
 
@@ -242,17 +290,19 @@ def fetch(url, part):
     with urllib.request.build_opener(redirect).open(request, timeout=30) as answer:
         told = lambda name: redirect.linked.get(name) or answer.headers.get(name) or ""
         have = have if answer.status == 206 else 0
-        size = int(told("X-Linked-Size") or have + int(answer.headers.get("Content-Length") or 0))
+        length = answer.headers.get("Content-Length")
+        size = int(told("X-Linked-Size") or (have + int(length) if length else 0))  # 0: nobody tells
         digest = told("X-Linked-Etag").strip('"')
-        bar = tqdm(desc=url.split("/")[-1], total=size, initial=have, unit="B", unit_scale=True, disable=None)
+        bar = tqdm(desc=url.split("/")[-1], total=size or None, initial=have, unit="B",
+                   unit_scale=True, disable=None)
         with open(part, "ab" if have else "wb") as f, bar:
             while piece := answer.read(2**20):
                 f.write(piece)
                 bar.update(len(piece))
     have = part.stat().st_size
-    if have < size:
+    if have < max(size, 1):
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
-    if have > size or len(digest) == 64 and sha256(part) != digest:
+    if have > size > 0 or len(digest) == 64 and sha256(part) != digest:
         part.unlink()
         raise ConnectionError("what came is not what was announced (size or SHA-256)")
 
@@ -268,12 +318,13 @@ def download(url, path, attempts=5):
         except urllib.error.HTTPError as error:
             problem, code = error, error.code
             error.close()
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, ValueError,
+                http.client.HTTPException) as error:  # not a full disk's OSError
             problem, code = error, 0
         if code == 416:  # what is there does not fit: begin again
-            part.unlink()
-        elif 400 <= code < 500:
+            part.unlink(missing_ok=True)
+        elif 400 <= code < 500 and code not in (408, 429):  # too slow, too often: both may pass
             raise OSError(f"the hub answers {code} ({'set HF_TOKEN' if code in (401, 403) else 'not there'})")
-        elif attempt + 1 == attempts:
-            raise OSError(f"{problem}. The same command goes on where this one stopped.")
-        time.sleep(2**attempt)
+        if attempt + 1 < attempts:
+            time.sleep(2**attempt)
+    raise OSError(f"{problem}. The same command goes on where this one stopped.")

@@ -4,12 +4,15 @@
 """
 import base64
 import functools
+import re
 from pathlib import Path
 
 import tiktoken
 
 CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
 TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# tiktoken fails at a million blanks in a row. No token reaches from a letter across a blank: cut there
+PIECES = re.compile(r".{1,500000}(?:\Z|(?<=\S)(?=[ \n]))|.{1,500000}", re.DOTALL)
 VOCAB_SIZE = {"tiny": 1024, "gpt2": 50304}  # padded to a multiple of 64, for fast matrix products
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
 Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in
@@ -35,18 +38,19 @@ class Tokenizer:
         else:
             raise SystemExit(f"--tokenizer={name}: unknown. Choose tiny or gpt2.")
         n = len(ranks) + len(special)
-        self.name, self.vocab_size = name, VOCAB_SIZE[name]
+        self.name, self.vocab_size, self.ordinary = name, VOCAB_SIZE[name], len(ranks)
         self.user, self.assistant, self.end = n, n + 1, n + 2
         special = special | dict(zip(CONTROL, range(n, n + 3)))
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)  # the spelling of a control token is ordinary text
+        # the spelling of a control token is ordinary text
+        return [i for piece in PIECES.findall(text) for i in self.encoding.encode_ordinary(piece)]
 
     def bytes(self, ids):
-        """The bytes of ordinary tokens; control tokens and the padding of the vocabulary have none."""
-        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if i < self.user)
+        """The bytes of ordinary tokens; control tokens, GPT-2's <|endoftext|> and the padding have none."""
+        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if i < self.ordinary)
 
     def decode(self, ids):
         return self.bytes(ids).decode("utf-8", errors="replace")
@@ -60,9 +64,12 @@ class Tokenizer:
             if message["role"] == "user":
                 ids += [self.user, *content]
                 loss_mask += [False] * (1 + len(content))
-            else:
+            elif message["role"] == "assistant":
                 ids += [self.assistant, *content, self.end]
                 loss_mask += [False] + [True] * (len(content) + 1)
+            else:
+                raise SystemExit(f"role {message['role']!r}: only user and assistant can speak. Put a system "
+                                 "message before the next user's.")
         return ids, loss_mask
 
     def prompt(self, messages, max_prompt_tokens):
@@ -89,9 +96,16 @@ def encode_demonstration(row, tokenizer, block_size):
 
 # --- the same encoding as files for transformers ------------------------------------------------------------
 
-CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-                 "{% else %}<|assistant|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+# as data/prepare.py: a system message goes before the next user's
+CHAT_TEMPLATE = (
+    "{% set before = namespace(text='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set before.text = before.text + m['content'] + '\\n\\n' %}"
+    "{% elif m['role'] == 'user' %}<|user|>{{ before.text + m['content'] }}{% set before.text = '' %}"
+    "{% elif m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
+    "{% else %}{{ raise_exception('only system, user and assistant can speak, not ' ~ m['role']) }}"
+    "{% endif %}{% endfor %}"
+    "{% if before.text %}{{ raise_exception('no user speaks after the system message') }}{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 @functools.cache
