@@ -2,7 +2,7 @@
 
     config, tensors = read(folder)       # any GPT-2 folder, in our names and orientation
     write(folder, config, tensors)       # config.json, model.safetensors, the tokenizer's files
-    folder = hub_folder("gpt2")                # in the hub's local cache, or downloaded there
+    folder = hub_folder("gpt2")          # in the hub's local cache, or downloaded there
 
 config: {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "tokenizer"}. tensors: {name: tensor};
 our names are the hub's without "transformer.", our matrices (out, in) where the hub's are (in, out). HF_HOME
