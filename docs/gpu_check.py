@@ -73,7 +73,7 @@ def start(name, limit):
     if name == "tests":
         command = [sys.executable, "test_all.py", *["streaming_changes", "token_logprobs_equal"] * SMOKE]
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
-             "TOKENIZERS_PARALLELISM": "false", "GPU_CHECK_UNTIL": str(time.time() + limit - 3)}
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "GPU_CHECK_UNTIL": str(time.time() + limit - 3)}
     output = tempfile.TemporaryFile("w+", errors="replace")
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                             cwd=ROOT, start_new_session=True, env=os.environ | quiet), output
