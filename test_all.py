@@ -910,7 +910,7 @@ def test_every_variant_of_a_folder_loads(tmp_path):
             hub.write_safetensors(folder / f"{name}.safetensors", part)
         return folder
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):  # whatever the causal mask is made of, it is not read
+    for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):  # of a causal mask; it is not used
         mask = torch.ones(1, 1, 8, 8).to(dtype)
         loads(variant(model=bare | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor([-1e4])}))
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."):
