@@ -62,8 +62,11 @@ def phase(name):
 # torchrun starts WORLD processes. Each draws the same batches from the same seed and works on its own rows,
 # [RANK::WORLD]. A sum over a batch is a sum over the processes, so WORLD of them train as one would.
 # (An empty variable counts as unset, and a rank alone, which other launchers set, means nothing.)
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+try:
+    WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+    RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+except ValueError as error:
+    raise SystemExit(f"WORLD_SIZE or RANK: {error}. Start processes with torchrun, or unset both.") from None
 QUIET = True if RANK else None  # tqdm's `disable`: a bar on the first process only, and only in a terminal
 
 
@@ -74,7 +77,7 @@ def init_distributed(kind):
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise SystemExit(f"torch {torch.__version__} is too old for several processes; 2.13 will do.")
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
