@@ -394,9 +394,10 @@ def memory_peaks():
         if SMOKE:
             flags = flags | {"block_size": 32, "init": "scratch", "n_layer": 2, "n_embd": 64}
             flags |= {"max_new_tokens": 8} if stage is ppo else {}
+        flags = flags | ({"target_kl": 0.0} if stage is ppo else {})  # no pass is left out
         cfg = stage.Config(dry_run=True, lr=1e-6, **{"dtype": "bfloat16"} | flags)
         dtype, generate = getattr(torch, cfg.dtype), m.generate
-        # as in the dry run, every reply has its full length and no pass is left out
+        # as in the dry run, every reply has its full length
         endless = lambda net, prompts, n, end, *rest, **more: generate(net, prompts, n, -1, *rest, **more)
         try:
             with contextlib.redirect_stdout(io.StringIO()), memory.dry_run() as count:
@@ -404,7 +405,7 @@ def memory_peaks():
             if CUDA:
                 torch.cuda.reset_peak_host_memory_stats()
             with contextlib.redirect_stdout(io.StringIO()), Tracker() as tracker, \
-                    mock.patch.multiple(ppo, generate=endless, TARGET_KL=math.inf):
+                    mock.patch.object(ppo, "generate", endless):
                 stage.dry_iteration(cfg, DEVICE, dtype)
                 tracker.phase("end")
         except Exception as error:  # the next row may do better
@@ -485,7 +486,7 @@ def repeat():
         net = m.setup_training(copy.deepcopy(base), cfg, DEVICE)
         adam = m.make_optimizer(net, cfg)
         for step in range(2 if SMOKE else 5):
-            sft.learn(net, examples(8, T, seed=step), cfg, DEVICE)
+            sft.learn(net, examples(8, T, seed=step), 8 * T, cfg, DEVICE)
             adam.step(1e-3, 1.0)
         return [x.float().cpu() for x in adam.masters]
     for name, length, offload, deterministic, cudnn in (
@@ -572,7 +573,7 @@ def train():
         cfg = sft.Config(batch=B, **flags)
         net = m.setup_training(network(dtype=dtype), cfg, DEVICE)
         adam, weights = m.make_optimizer(net, cfg), sum(p.numel() for p in net.parameters())
-        seconds = median_seconds(lambda: (sft.learn(net, batch, cfg, DEVICE), adam.step(1e-5, 1.0)))
+        seconds = median_seconds(lambda: (sft.learn(net, batch, B * T, cfg, DEVICE), adam.step(1e-5, 1.0)))
         say(f"ours, {name}: {B * T / seconds:,.0f} tok/s, {1000 * seconds:.0f} ms, "
             f"{6 * weights * B * T / seconds / 1e12:.0f} TFLOP/s, "
             f"peak {device_bytes(peak=True) / 2**30:.2f} GiB")
@@ -615,13 +616,12 @@ def ppo_speed():
         if not enough_time(15, name):
             continue
         cfg = ppo.Config(batch=B, minibatch=minibatch, max_new_tokens=N, block_size=2 * N, temperature=1.0,
-                         **flags)
+                         target_kl=0.0, **flags)
         with Tracker() as tracker:
             models, adams = four_models(cfg)
             for step in range(1 if SMOKE else 4):
                 batch, first_pass = roll_out(models, cfg, step)
-                with mock.patch.object(ppo, "TARGET_KL", math.inf):
-                    log = ppo.update(step, batch, first_pass, models, adams, 1e-6, None, cfg)
+                log = ppo.update(step, batch, first_pass, models, adams, 1e-6, None, cfg)
                 tracker.phase("rest")
                 if time_left() < 8:
                     break
@@ -641,18 +641,19 @@ def syncs():
     cudnn_attention(False)
     P, N = (8, 4) if SMOKE else (64, 8)
     cfg = sft.Config(batch=8)
-    ppo_cfg = ppo.Config(batch=8, minibatch=4, max_new_tokens=N, block_size=P + N, epochs=1)
+    ppo_cfg = ppo.Config(batch=8, minibatch=4, max_new_tokens=N, block_size=P + N, epochs=1,
+                         target_kl=0.0)
     net, batch, (models, adams) = network().to(DEVICE), examples(8, P), four_models(ppo_cfg)
     adam, rolled = m.make_optimizer(net, cfg), roll_out(models, ppo_cfg)
     calls = (("generate, a token", N, lambda: m.generate(net, ids(8, P), N, -1)),
-             ("an SFT step", 1, lambda: (sft.learn(net, batch, cfg, DEVICE), adam.step(1e-6, 1.0))),
+             ("an SFT step", 1, lambda: (sft.learn(net, batch, 8 * P, cfg, DEVICE), adam.step(1e-6, 1.0))),
              (f"ppo.rollout, {N} tokens and the scoring", 1, lambda: roll_out(models, ppo_cfg)),
              ("ppo.update, a gradient step", 2,
               lambda: ppo.update(0, *rolled, models, adams, 1e-6, None, ppo_cfg)))
     for name, per, call in calls:
         call()
         synchronize()
-        with warnings.catch_warnings(record=True) as caught, mock.patch.object(ppo, "TARGET_KL", math.inf):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if CUDA:
                 torch.cuda.set_sync_debug_mode("warn")
