@@ -1892,11 +1892,11 @@ def test_the_evaluation_reports_known_replies_and_scores():
     rows = [{"ids": [5, 6 + i], "prompt": [user(f"{i}?")], "check": " yes"} for i in range(4)]
     actor, reference = tiny(), tiny(seed=1)
     # the policy is right 3 times of 4; stage 1 once, and once it does not end; of its four tries the second
-    # is right, the third scores best, and the last does not end, which scores below all others
+    # is right and scores best, and the last does not end, which scores below all others
     before = [say(" yes"), say(" no"), say(" yes", words[" so"]), say(" so")]
     after = [say(" yes"), say(" no"), say(" yes"), say(" yes")]
     tries = [say(" no"), say(" yes"), say(" so"), say(" so", words[" so"])]
-    value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 3.0}
+    value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 1.0}
     def speak(net, prompts, new, end, seed, batch, temperature):
         assert (new, end, temperature) == (7, TINY.end, 0.5)
         assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
@@ -1913,15 +1913,15 @@ def test_the_evaluation_reports_known_replies_and_scores():
             kl += sign * sum(table[t - 1, ids[t]].item() for t in (2, 3)) / 4
     close(result.pop("kl"), kl, 1e-4)
     rate, low, high = ppo.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
-    want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 0.0, "win_rate": rate,
-            "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 3) / 4,
-            "score": (2 - 9 + 2 + 2) / 4, "score_best_of_n": 3.0}
+    want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 1.0, "win_rate": rate,
+            "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 1) / 4,
+            "score": (2 - 9 + 2 + 2) / 4, "score_best_of_n": 2.0}
     assert result == want and rate == 0.75, result
-    assert "'3?'\n        ' so' (+3.00)\n     -> ' yes' (+2.00)" in text
+    assert "'3?'\n        ' so' (+1.00)\n     -> ' yes' (+2.00)" in text
     del rows[0]["check"]  # without a yardstick the learned score decides
     with mock.patch.object(ppo, "generate_many", speak):
         result, _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
-    assert (result["gold_after"], result["win_rate"]) == (None, 0.5)  # two ties, a win, a loss
+    assert (result["gold_after"], result["win_rate"]) == (None, 0.75)  # two ties, two wins
 
 def test_stage_1s_gold_is_the_share_of_sampled_replies_that_pass():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes"} for i in range(3)] + [{"prompt": [user("x")]}]
