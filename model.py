@@ -75,17 +75,17 @@ def attend(q, k, v, mask=None):
     mask (B, 1, 1, S) says which keys a row may see. Without it S = T and attention is causal, which also
     hides padding: that is on the right, in the future of every real token.
     """
-    formula = q.device.type == "mps" or q.device.type == "cpu" and mask is None and q.size(2) <= 512
-    if not formula:
-        # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
-        return y.to(q.dtype)
+    device = q.device.type
     # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows;
     # on Apple's MPS it gives wrong numbers for strided 16-bit inputs (pytorch#163597, #181133).
-    hidden = ~mask if mask is not None else \
-        torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)  # (T, S)
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
-    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+    if device == "mps" or device == "cpu" and mask is None and q.size(2) <= 512:
+        sees = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril() \
+            if mask is None else mask
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
+        return scores.masked_fill(~sees, -math.inf).softmax(-1) @ v
+    # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
+    y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -417,11 +417,11 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
         folder = hub.hub_folder(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
     config, tensors = hub.read(folder)
     model = cls(GPTConfig(**config))
-    found, wanted = (("language model", "reward model")[x] for x in (
-        "score.weight" in tensors, cls is Scorer and head_seed is None))
-    require(found == wanted, f"{folder}: a {found}, where a {wanted} is needed. sft.py and ppo.py write "
-            "language models, reward.py reward models.")
-    if head_seed is not None and cls is Scorer:
+    kinds = "language model", "reward model"
+    has_head, needs_head = "score.weight" in tensors, cls is Scorer and head_seed is None
+    require(has_head == needs_head, f"{folder}: a {kinds[has_head]}, where a {kinds[needs_head]} is needed. "
+            "sft.py and ppo.py write language models, reward.py reward models.")
+    if cls is Scorer and not has_head:
         tensors["score.weight"] = model.initialize_head(rng(head_seed, "head")).score.weight.detach()
     wanted, found = ({(name, t.shape) for name, t in x.items()} for x in (model.state_dict(), tensors))
     wrong = sorted({name for name, _ in wanted ^ found})

@@ -63,11 +63,11 @@ def load_examples(cfg, tokenizer):
     """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""
     splits, encoded, cut = prepare.load(cfg.data, "sft"), [], 0
     for rows in splits:
-        examples = [example for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET)
-                    for example in encode_demonstration(row, tokenizer, cfg.block_size)]
+        examples = []
+        for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
+            examples += encode_demonstration(row, tokenizer, cfg.block_size)
+            cut += "messages" in row and examples[-1][0][0] != tokenizer.user  # it begins a whole dialogue
         encoded.append([example for example in examples if count_targets([example])])
-        # the first position of a whole dialogue is <|user|>
-        cut += sum(idx[0] != tokenizer.user for idx, _ in examples) if rows and "messages" in rows[0] else 0
         if len(encoded[-1]) < len(examples):
             print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")
     train, val = encoded
