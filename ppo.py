@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import prepare
 from data.batches import batch_at, map_by_length, pad, rng
 from data.run import Run, check_flags, memory_gb, parse_flags, pick_device, require, run_dry
-from data.tokenizer import encode_demonstration
+from data.tokenizer import count_targets, encode_demonstration
 from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, token_logprobs, unsharded
 from model import (GPT, Scorer, exported, frozen_copy, generate, generate_many, load_model, make_model,
                    make_optimizer, negative_log_likelihood, passes, setup_training)
@@ -315,8 +315,7 @@ def ptx_gradients(actor, demonstrations, generator, cfg):
     that loss."""
     drawn = torch.randint(len(demonstrations), (cfg.minibatch,), generator=generator).tolist()
     drawn, loss, size = [demonstrations[i] for i in drawn], 0.0, microbatch_size(cfg)
-    n = sum(t >= 0 for _, targets in drawn for t in targets)
-    mine = drawn[RANK::WORLD]
+    n, mine = count_targets(drawn), drawn[RANK::WORLD]
     for i in range(0, len(mine), size):
         nll = negative_log_likelihood(actor, mine[i:i + size], actor.device)[0].sum()
         (cfg.ptx_coef * nll / n).backward()
@@ -540,7 +539,7 @@ def main(cfg):
     train, val = load_prompts(cfg, tokenizer)
     demonstrations = [e for row in prepare.load(cfg.data, "sft")[0] for e in
                       encode_demonstration(row, tokenizer, cfg.block_size)
-                      if max(e[1]) >= 0] if cfg.ptx_coef else None
+                      if count_targets([e])] if cfg.ptx_coef else None
     require(demonstrations != [], f"--ptx_coef: no row of {cfg.data} has anything to learn from.")
     print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} gradient "
           f"steps x {cfg.epochs} epochs, {cfg.steps} times")

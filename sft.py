@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data import prepare
 from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
-from data.tokenizer import encode_demonstration
+from data.tokenizer import count_targets, encode_demonstration
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
 from model import (GPT, exported, generate_many, gold_score, make_model, make_optimizer,
                    negative_log_likelihood)
@@ -54,10 +54,6 @@ class Config:
 
 
 # --- data ---------------------------------------------------------------------------------------------------
-
-def count_targets(examples):
-    return sum(t >= 0 for _, targets in examples for t in targets)  # -1: nothing to learn there
-
 
 def load_examples(cfg, tokenizer):
     """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""

@@ -759,6 +759,9 @@ def test_rows_of_a_small_set_meet_other_neighbours_in_the_next_epoch():
              for epoch in (0, 1)]
     assert len(pairs[0] & pairs[1]) / len(pairs[0]) < 0.25  # all rows sorted at once: 0.7
 
+def test_token_0_is_a_target_like_any_other():
+    assert tokenizer.count_targets([([5, 6, 7], [0, -1, 3]), ([8], [-1])]) == 2
+
 def test_text_becomes_windows_that_lose_no_token():
     text = "To be, or not to be, that is the question. " * 5
     windows = tokenizer.encode_demonstration({"text": text}, TINY, 16)
@@ -1708,6 +1711,7 @@ def logs_agree(cfg, expected):
             assert agree, (row["step"], name, row[name], value)
         others = {"step", "tokens_per_s", "seconds", "memory_gb"}
         assert row.keys() == want.keys() | others, row.keys() ^ want.keys()
+        assert row["tokens_per_s"] > 0
 
 def weights_agree(folder, net, but=()):
     saved = m.load_model(folder, type(net)).state_dict()
@@ -1894,7 +1898,7 @@ def test_the_evaluation_reports_known_replies_and_scores():
     # the policy is right 3 times of 4; stage 1 once, and once it does not end; of its four tries the second
     # is right and scores best, and the last does not end, which scores below all others
     before = [say(" yes"), say(" no"), say(" yes", words[" so"]), say(" so")]
-    after = [say(" yes"), say(" no"), say(" yes"), say(" yes")]
+    after = [say(" yes"), say(" so"), say(" yes"), say(" yes")]
     tries = [say(" no"), say(" yes"), say(" so"), say(" so", words[" so"])]
     value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 1.0}
     def speak(net, prompts, new, end, seed, batch, temperature):
@@ -1915,13 +1919,20 @@ def test_the_evaluation_reports_known_replies_and_scores():
     rate, low, high = ppo.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
     want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 1.0, "win_rate": rate,
             "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 1) / 4,
-            "score": (2 - 9 + 2 + 2) / 4, "score_best_of_n": 2.0}
+            "score": (2 + 1 + 2 + 2) / 4, "score_best_of_n": 2.0}
     assert result == want and rate == 0.75, result
     assert "'3?'\n        ' so' (+1.00)\n     -> ' yes' (+2.00)" in text
     del rows[0]["check"]  # without a yardstick the learned score decides
     with mock.patch.object(ppo, "generate_many", speak):
         result, _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
-    assert (result["gold_after"], result["win_rate"]) == (None, 0.75)  # two ties, two wins
+    assert (result["gold_after"], result["win_rate"]) == (None, 0.875)  # a tie, three wins
+
+def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path):
+    run_all(tmp_path)
+    _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
+    assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
+    batch = ppo.as_batch([[5] * 3, [5] * 20], [[6] * 4, [7] * 9], TINY.end, CPU)
+    assert [ppo.slice_batch(batch, slice(n))["idx"].shape for n in (1, 2)] == [(1, 8), (2, 32)]
 
 def test_stage_1s_gold_is_the_share_of_sampled_replies_that_pass():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes"} for i in range(3)] + [{"prompt": [user("x")]}]
@@ -2118,9 +2129,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
 def test_a_gradient_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path):
     run_all(tmp_path)
     saved = lambda stage: (tmp_path / "out" / stage.__name__ / "model.safetensors").read_bytes()
-    weights = {stage: saved(stage) for stage in (sft, ppo)}
+    weights = {stage: saved(stage) for stage in (sft, reward, ppo)}
     first = lambda net: next(p for p in net.parameters() if p.requires_grad)
-    for stage, where in ((sft, "learn"), (ppo, "ppo_gradients")):
+    for stage, where in ((sft, "learn"), (reward, "learn"), (ppo, "ppo_gradients")):
         function = getattr(stage, where)
         def overflows(*args):  # a finite loss whose gradient is not
             out = function(*args)

@@ -94,6 +94,11 @@ def encode_demonstration(row, tokenizer, block_size):
     return [(ids[:-1][-block_size:], targets[-block_size:])]
 
 
+def count_targets(examples):
+    """[(idx, targets), ...] -> how many targets there are."""
+    return sum(t >= 0 for _, targets in examples for t in targets)
+
+
 # --- the same encoding as files for transformers ------------------------------------------------------------
 
 # as data/prepare.py: a system message goes before the next user's
