@@ -51,6 +51,7 @@ from memory import OffloadedAdamW, checkpoint, token_logprobs
 from model import GPT, GPTConfig, Scorer, generate
 
 torch.set_num_threads(1)  # two threads gain nothing on tests this small, and wait for each other under load
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
 ROOT, CPU, TINY = Path(__file__).parent, torch.device("cpu"), Tokenizer("tiny")
 
 
@@ -259,6 +260,7 @@ def test_bug_09_an_all_masked_batch_gives_nan():
     loss = nll.sum()
     loss.backward()
     assert (ppo.masked_mean(x, nothing), loss, n) == (0, 0, 0)
+    assert ppo.masked_mean(3 * x, torch.arange(4) == 2) == 3  # of one
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop():
@@ -1931,6 +1933,11 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     run_all(tmp_path)
     _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
     assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
+    samples = lambda text: len(re.findall(r"^    '.*' -> '", text, re.M))
+    assert samples(run(sft, tmp_path, steps=5, eval_every=2)[1]) == 2 * 4 + 8
+    (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(2000)))
+    text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
+    assert samples(text) == 8 and "Line " in text  # continuations of what was held out
     batch = ppo.as_batch([[5] * 3, [5] * 20], [[6] * 4, [7] * 9], TINY.end, CPU)
     assert [ppo.slice_batch(batch, slice(n))["idx"].shape for n in (1, 2)] == [(1, 8), (2, 32)]
 
