@@ -1935,7 +1935,7 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
     samples = lambda text: len(re.findall(r"^    '.*' -> '", text, re.M))
     assert samples(run(sft, tmp_path, steps=5, eval_every=2)[1]) == 2 * 4 + 8
-    (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(2000)))
+    (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(9000)))
     text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
     assert samples(text) == 8 and "Line " in text  # continuations of what was held out
     batch = ppo.as_batch([[5] * 3, [5] * 20], [[6] * 4, [7] * 9], TINY.end, CPU)
