@@ -227,15 +227,14 @@ class Scorer(GPT):
 
 
 def negative_log_likelihood(model, examples, device):
-    """[(idx, targets), ...] -> -log p(targets[t] | idx[:t + 1]), float32 (B, T), 0 where there is no target;
-    and the number of targets.
+    """[(idx, targets), ...] -> -log p(targets[t] | idx[:t + 1]), float32 (B, T), 0 where there is no target.
 
-    The caller divides the sum by the number of targets of its whole batch, so that the size of a micro-batch
-    cannot change the gradient.
+    The caller divides the sum by a number of targets that is the same for all micro-batches, so that their
+    size cannot change the gradient.
     """
     idx, targets = (pad(column, fill).to(device) for column, fill in zip(zip(*examples), (0, -1)))
     logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
-    return -logprobs, int((targets >= 0).sum())
+    return -logprobs
 
 
 # --- generation ---------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def ptx_gradients(actor, demonstrations, generator, cfg):
     drawn, loss, size = [demonstrations[i] for i in drawn], 0.0, microbatch_size(cfg)
     n, mine = count_targets(drawn), drawn[RANK::WORLD]
     for i in range(0, len(mine), size):
-        nll = negative_log_likelihood(actor, mine[i:i + size], actor.device)[0].sum()
+        nll = negative_log_likelihood(actor, mine[i:i + size], actor.device).sum()
         (cfg.ptx_coef * nll / n).backward()
         loss += nll.item() / n
     return loss

@@ -80,7 +80,7 @@ def load_examples(cfg, tokenizer):
 @torch.no_grad()
 def validate(model, val, cfg, device):
     """-> (the sum of -log p over all held-out targets in nats, their number)."""
-    nll_of = lambda examples, _: negative_log_likelihood(model, examples, device)[0].sum(1).tolist()
+    nll_of = lambda examples, _: negative_log_likelihood(model, examples, device).sum(1).tolist()
     nll = map_by_length(nll_of, val, cfg.microbatch or cfg.batch, length=lambda example: len(example[0]))
     return sum(nll), count_targets(val)
 
@@ -107,7 +107,7 @@ def learn(model, batch, n, cfg, device):
     """
     total, size, mine = 0.0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
     for i in range(0, len(mine), size):
-        nll = negative_log_likelihood(model, mine[i:i + size], device)[0].sum()
+        nll = negative_log_likelihood(model, mine[i:i + size], device).sum()
         (nll / n).backward()
         total += nll.item()
     return all_reduce_sum(total)[0] / count_targets(batch)

@@ -244,8 +244,8 @@ def test_bug_08_the_prompt_mask_is_lost_on_the_way_to_the_loss():
     # karpathy/nanochat#570
     row = {"messages": [user("What is 2 plus 3?"), assistant("5."), user("And 1 plus 1?"), assistant("2.")]}
     net, [(idx, targets)] = tiny(), tokenizer.encode_demonstration(row, TINY, 64)
-    nll, n = m.negative_log_likelihood(net, [(idx, targets)], CPU)
-    loss = nll.sum()
+    n, loss = tokenizer.count_targets([(idx, targets)]), m.negative_log_likelihood(net, [(idx, targets)], CPU)
+    loss = loss.sum()
     spoken = [*TINY.encode("5."), TINY.end, *TINY.encode("2."), TINY.end]
     assert [t for t in targets if t >= 0] == spoken and n == len(spoken)
     every = F.cross_entropy(logits(net, idx), torch.tensor([*idx[1:], TINY.end]), reduction="none")
@@ -256,10 +256,9 @@ def test_bug_09_an_all_masked_batch_gives_nan():
     # karpathy/nanochat#590; Colossal-AI's labels[-0:], fixed in c5239840e
     x, nothing, net = torch.ones(4), torch.zeros(4, dtype=torch.bool), tiny()
     assert ((x * nothing).sum() / nothing.sum()).isnan()  # the mistake
-    nll, n = m.negative_log_likelihood(net, [([5, 6], [-1, -1])], CPU)
-    loss = nll.sum()
+    loss = m.negative_log_likelihood(net, [([5, 6], [-1, -1])], CPU).sum()
     loss.backward()
-    assert (ppo.masked_mean(x, nothing), loss, n) == (0, 0, 0)
+    assert (ppo.masked_mean(x, nothing), loss) == (0, 0)
     assert ppo.masked_mean(3 * x, torch.arange(4) == 2) == 3  # of one
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
@@ -376,7 +375,7 @@ def test_bug_17_lora_that_reaches_only_the_head():
     assert sum(p.numel() for p in learns.values()) == sum(3 * sum(p.shape) for p in matrices.values())
     optimizer, before = m.make_optimizer(net, cfg), net(random_ids(1, 8))
     for _ in range(2):  # at the first step B is 0, so A's gradient is, too
-        m.negative_log_likelihood(net, [([5, 6, 7], [6, 7, 8])], CPU)[0].sum().backward()
+        m.negative_log_likelihood(net, [([5, 6, 7], [6, 7, 8])], CPU).sum().backward()
         optimizer.step(0.1)
     assert all((p != 0).any() for name, p in params.items() if "lora_b" in name)
     assert not torch.equal(net(random_ids(1, 8)), before)
@@ -418,7 +417,7 @@ def test_bug_20_logged_loss_is_the_last_micro_batch_only(tmp_path):
         logged.append([row["loss"] for row in log(out) if "loss" in row])
     close(*logged, 5e-5)
     net, examples = tiny(), [([5, 6], [6, 7]), ([8], [9])]
-    parts = [m.negative_log_likelihood(net, [e], CPU)[0].sum().item() for e in examples]
+    parts = [m.negative_log_likelihood(net, [e], CPU).sum().item() for e in examples]
     assert apart(parts[-1], sum(parts)) > 5e-4  # the mistake
 
 
@@ -484,7 +483,7 @@ def test_streaming_changes_no_number():
             net, cfg = tiny(), sft.Config(offload=offload, lora_rank=rank)
             adam = m.make_optimizer(m.setup_training(net, cfg, CPU), cfg)
             for step in range(3):
-                m.negative_log_likelihood(net, examples, CPU)[0].sum().backward()
+                m.negative_log_likelihood(net, examples, CPU).sum().backward()
                 adam.step(1e-2, 1.0)
             assert (net.streamed_blocks is not None) == (offload == "all")
             replies = generate(net, [[5, 6, 7], [8, 9]], 6, -1, generator=rng(0))
@@ -939,6 +938,9 @@ def test_what_is_written_is_read_back_in_our_names_and_orientation(tmp_path):
         hub.write(str(tmp_path), config, tensors)  # a name does, too, as it does for read
         config_too, tensors_too = hub.read(str(tmp_path))
         assert config_too == config and hub.read_config(tmp_path) == config
+        stored, scorer = json.loads((tmp_path / "config.json").read_text()), type(net) is Scorer
+        assert stored.get("num_labels") == (1 if scorer else None)
+        assert stored.get("pad_token_id") == (TINY.user if scorer else None)
         assert tensors_too.keys() == tensors.keys() == net.state_dict().keys()
         assert all(torch.equal(tensors_too[name], t) for name, t in net.state_dict().items())
 
@@ -1015,12 +1017,16 @@ def test_no_position_sees_the_future():
 def test_right_padding_changes_nothing():
     net, row = tiny(), random_ids(1, 9)
     close(net(F.pad(row, (0, 20), value=77))[:, :9], net(row))
+    # pad() makes 64 columns of a full row
+    close(reward.score(tiny(Scorer, n_positions=60), [random_ids(60).tolist()], CPU),
+          tiny(Scorer, n_positions=60).values(random_ids(1, 60))[:, -1])
+    assert len(greedy(tiny(n_positions=60), [[5, 6, 7]], 57)[0]) == 57
 
 def test_the_first_loss_is_near_ln_v():
     net, idx = tiny(n_embd=64, spread=0), random_ids(4, 33)
-    nll, n = m.negative_log_likelihood(net, [(r[:-1], r[1:]) for r in idx.tolist()], CPU)
+    nll = m.negative_log_likelihood(net, [(r[:-1], r[1:]) for r in idx.tolist()], CPU)
     # the logits of a fresh network are random with a spread of 1/2, which costs (1/2)^2 / 2 nats
-    close(nll.sum() / n, math.log(net.cfg.vocab_size) + 1 / 8, 0.06)
+    close(nll.mean(), math.log(net.cfg.vocab_size) + 1 / 8, 0.06)
 
 def test_an_untrained_reward_model_has_loss_ln_2_and_scores_of_spread_one():
     scores = reward.score(tiny(Scorer, n_embd=128, spread=0), random_ids(400, 12).tolist(), CPU)
@@ -1102,6 +1108,11 @@ def test_top_k_and_top_p_keep_exactly_the_most_likely():
     close(sampled().bincount(minlength=4) / 2000, row[0].softmax(0), 0.04)
     # never a token that was filtered out
     assert m.sample(row.repeat(2, 1), torch.tensor([0.0, 1 - 2 ** -24]), top_k=2).tolist() == [0, 1]
+
+def test_tokens_are_seen_as_they_come():
+    seen = []
+    replies = generate(tiny(), [[5, 6], [7]], 4, -1, generator=rng(0), on_token=lambda *x: seen.append(x))
+    assert [[t for row, t in seen if row == i] for i in (0, 1)] == replies and len(seen) == 8
 
 def test_generation_refuses_what_does_not_fit():
     for prompts in ([[1] * 60], [[]], [[1], []]):
@@ -1403,7 +1414,7 @@ def test_every_target_weighs_the_same_whatever_its_batch():
         grads.append(net.wte.weight.grad.clone())
         net.zero_grad()
     for e in (*short, *long):
-        (m.negative_log_likelihood(net, [e], CPU)[0].sum() / 22).backward()
+        (m.negative_log_likelihood(net, [e], CPU).sum() / 22).backward()
     close(sum(grads), net.wte.weight.grad)
 
 def test_dialogues_that_lose_their_beginning_are_counted(tmp_path):
@@ -1443,6 +1454,7 @@ def test_calibration_and_ceiling_of_known_cases():
     assert table["a"] == (4, 1.0, 0.5)
     close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
     assert reward.accuracy_table([{}], torch.ones(1))["all"][2] is None
+    assert reward.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)  # nobody knows
 
 def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
     run_all(tmp_path)
@@ -2129,7 +2141,7 @@ def test_bad_input_is_refused_with_a_remedy(tmp_path):
         refuses(lambda: run(sft, tmp_path, data=str(empty)), *fragments)
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
-    loss = lambda net, rows, device: (net.wte.weight.sum(1, keepdim=True) * math.nan, 1)
+    loss = lambda net, rows, device: net.wte.weight.sum(1, keepdim=True) * math.nan
     with mock.patch.object(sft, "negative_log_likelihood", loss):
         refuses(lambda: run(sft, tmp_path), "step 1", "nan")
 

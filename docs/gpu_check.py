@@ -319,8 +319,8 @@ def stream():
     def result(net, adam, step):
         losses = []
         for part in range(2):  # micro-batches
-            nll, n = m.negative_log_likelihood(net, examples(B, T, seed=2 * step + part), DEVICE)
-            loss = nll.sum() / n / 2
+            nll = m.negative_log_likelihood(net, examples(B, T, seed=2 * step + part), DEVICE)
+            loss = nll.sum() / (2 * B * T)
             loss.backward()
             losses.append(loss.item())
         norm, prompts = adam.step(1e-3, 1.0), ids(B, 8, seed=step)
