@@ -417,10 +417,31 @@ def lookup(weight, idx):
     return F.embedding(idx.to(weight.device), weight).to(idx.device)
 
 
+MM_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # from torch 2.8 on: products of 16-bit matrices in 32 bits
+
+
+def mean_row(weight, device):
+    """(V, C) -> what every row may lose before a softmax, about their mean (C,); None where nothing is to be
+    gained. GPT-2's own logits lie near -100, where bfloat16 has steps of 0.5. They have h . mean in common,
+    which softmax does not see: without it they lie near 0, and are rounded a hundred times finer."""
+    if weight.dtype == torch.float32 or device.type == "meta" or device.type == "cuda" and MM_OUT_DTYPE:
+        return None
+    return (weight.new_full((len(weight),), 1 / len(weight)) @ weight).to(device)
+
+
 def vocab_chunks(weight, chunk, device):
-    """weight (V, C) -> (index of the first row, up to `chunk` rows on the device), ..."""
+    """weight (V, C) -> (index of the first row, up to `chunk` rows on the device, without mean_row), ..."""
+    mean = mean_row(weight, device)
     for start in range(0, len(weight), chunk):
-        yield start, weight[start:start + chunk].to(device, non_blocking=True)
+        w = weight[start:start + chunk].to(device, non_blocking=True)
+        yield start, w if mean is None else w - mean
+
+
+def logits_of(h, w):
+    """h (N, C), w (c, C) -> h w^T, float32 (N, c)."""
+    if h.is_cuda and h.dtype != torch.float32 and MM_OUT_DTYPE:
+        return torch.mm(h, w.T, out_dtype=torch.float32)
+    return (h @ w.T).float()
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -441,7 +462,7 @@ class _TokenLogprobs(torch.autograd.Function):
         log_z, mean_logit = [], []  # of each chunk, (N,)
         for start, w in vocab_chunks(weight, chunk, hidden.device):  # w (c, C)
             with memory_tag("logits"):
-                logits = (h @ w.T).float()  # (N, c)
+                logits = logits_of(h, w)  # (N, c)
                 here = ((t >= start) & (t < start + len(w))).squeeze(1)  # (N,): is t in this chunk?
                 target_logit += logits.gather(1, (t - start).clamp(0, len(w) - 1)).squeeze(1) * here
                 largest = logits.amax(-1)
@@ -475,10 +496,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for start, w in vocab_chunks(weight, ctx.chunk, h.device):
             with memory_tag("logits"):
                 # g * (onehot - softmax), in the memory that held the logits (N, c)
-                d = (h @ w.T).float().sub_(logsumexp[:, None]).exp_().mul_(-g)
+                d = logits_of(h, w).sub_(logsumexp[:, None]).exp_().mul_(-g)
                 here = (t >= start) & (t < start + len(w))
                 d = d.scatter_add_(1, (t - start).clamp(0, len(w) - 1), g * here).to(w.dtype)
-                grad_h += d @ w
+                grad_h += d @ w  # mean_row is no loss here either: over the vocabulary d adds up to 0
                 if ctx.needs_input_grad[1]:
                     accumulate(d.T @ h, slice(start, start + len(w)))
         grad_hidden = torch.zeros(ctx.shape, dtype=h.dtype, device=h.device)

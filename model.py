@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from data import hub
-from data.batches import map_by_length, pad, rng
+from data.batches import branching, map_by_length, pad, rng
 from data.run import check_flags, parse_flags, pick_device, require, time_limit
 from data.tokenizer import VOCAB_SIZE, Tokenizer
-from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full_tensor, local, lookup,
-                    memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
+from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full_tensor, local, logits_of,
+                    lookup, memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
 
 
 # --- the network: GPT-2, Radford et al. 2019 ----------------------------------------------------------------
@@ -70,22 +70,31 @@ class Linear(nn.Linear):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    """softmax(q k^T / sqrt(D) + mask) v for q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    mask (B, 1, 1, S) says which keys a row may see. Without it S = T and attention is causal, which also
-    hides padding: that is on the right, in the future of every real token.
+    mask (B, 1, T or 1, S) is 0 for the keys that a token may see, -inf for the others. Without it S = T and
+    attention is causal, which also hides padding: that is on the right, in the future of every real token.
     """
     device = q.device.type
     # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows;
     # on Apple's MPS it gives wrong numbers for strided 16-bit inputs (pytorch#163597, #181133).
-    if device == "mps" or device == "cpu" and mask is None and q.size(2) <= 512:
-        sees = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril() \
-            if mask is None else mask
+    if device == "mps" or device == "cpu" and 1 < q.size(2) <= 512:
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
-        return scores.masked_fill(~sees, -math.inf).softmax(-1) @ v
+        if mask is None:
+            mask = torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        return (scores + mask).softmax(-1) @ v
     # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
     y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
     return y.to(q.dtype)
+
+
+def branch_mask(branch, dtype):
+    """branch (B, T) -> attend()'s mask (B, 1, T, T): a token sees what is before it and is common, or of its
+    own branch."""
+    T = branch.size(1)
+    sees = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T): [b, query, key]
+    sees &= torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
+    return torch.zeros(sees.shape, dtype=dtype, device=branch.device).masked_fill(~sees, -math.inf)[:, None]
 
 
 class Attention(nn.Module):
@@ -96,14 +105,14 @@ class Attention(nn.Module):
         self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)  # queries, keys and values side by side
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None, layer=0, mask=None):
         """x (B, T, C) -> (B, T, C). With a cache, also over the keys and values that it has of this layer."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.update(layer, qkv[1:])
-        y = attend(q, k, v, cache.mask if cache is not None else None)
+        y = attend(q, k, v, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
 
@@ -128,10 +137,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cache=None, layer=0, at=None):
+    def forward(self, x, cache=None, layer=0, mask=None, at=None):
         """x (B, T, C) -> (B, T, C). If only N positions are needed, at=(rows, columns), each (N,) -> (N, C);
         attention still reads all of them."""
-        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.attn(self.ln_1(x), cache, layer, mask)
         x = x if at is None else x[at]
         return x + self.mlp(self.ln_2(x))
 
@@ -162,26 +171,31 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def forward(self, idx, cache=None, at=None):
-        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C); with at=(rows, columns) (N, C)."""
-        start = 0 if cache is None else cache.lengths[:, None]  # (B, 1): each row continues at its own length
-        positions = start + torch.arange(idx.size(1), device=idx.device)  # (T,) or (B, T)
+    def forward(self, idx, cache=None, at=None, positions=None, branch=None):
+        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C); with at=(rows, columns) (N, C).
+
+        positions (B, T) are 0, 1, 2, ... if not given; branch (B, T): see branching() in data/batches.py.
+        """
+        if positions is None:
+            positions = torch.arange(idx.size(1), device=idx.device)
         positions = positions.clamp(max=self.cfg.n_positions - 1)  # pad() rounds T up: only padding is beyond
         x = lookup(self.wte.weight, idx) + self.wpe(positions)  # (B, T, C)
+        mask = cache.mask if cache is not None else None if branch is None else branch_mask(branch, x.dtype)
         for layer, block in enumerate(self.streamed_blocks or self.h):
-            block = partial(block, cache=cache, layer=layer, at=at if layer + 1 == len(self.h) else None)
+            block = partial(block, cache=cache, layer=layer, mask=mask,
+                            at=at if layer + 1 == len(self.h) else None)
             x = checkpoint(block, x) if self.cfg.checkpoint and cache is None else block(x)
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> float32 (..., V)."""
+        """(..., C) -> float32 (..., V), in bfloat16 but for a constant: see mean_row() in memory.py."""
         with memory_tag("logits"):
             if self.prepacked is not None:
                 return packed_linear(hidden, self.prepacked).float()
-            if self.streamed_blocks is None:
-                return F.linear(hidden, self.wte.weight).float()
-            chunks = vocab_chunks(self.wte.weight, 8192, self.device)  # 8,192 rows come at a time
-            return torch.cat([hidden @ w.T for _, w in chunks], -1).float()
+            # of a streamed model 8,192 rows come at a time
+            chunks = vocab_chunks(self.wte.weight, 8192 if self.streamed_blocks else self.cfg.vocab_size, self.device)
+            out = torch.cat([logits_of(hidden.flatten(0, -2), w) for _, w in chunks], -1)
+            return out.view(*hidden.shape[:-1], -1)
 
     @property
     def device(self):
@@ -208,9 +222,10 @@ class Scorer(GPT):
         """idx (B, T) -> float32 (B, T)."""
         return self.head(self(idx))
 
-    def last(self, idx, lengths):
-        """idx (B, T), right-padded, lengths (B,) -> the score at the last real token, float32 (B,)."""
-        return self.head(self(idx, at=(torch.arange(len(idx), device=idx.device), lengths - 1)))
+    def scores(self, groups):
+        """[[row, ...], ...], lists of ids, those of a group with the same prompt -> the score at the last
+        token of each row, in order, float32 (N,)."""
+        return self.head(self(**branching(groups, self.device)))
 
     def head(self, hidden):
         """(..., C) -> (...), in float32: bfloat16 has too few digits for a score."""
@@ -240,38 +255,42 @@ def negative_log_likelihood(model, examples, device):
 # --- generation ---------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, capacity, D)."""
-    def __init__(self, cfg, B, capacity, like):
-        shape = cfg.n_layer, 2, B, cfg.n_head, capacity, cfg.n_embd // cfg.n_head
+    """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, capacity, D). The first forward
+    is the prefill, its rows are the different prompts, and prompt (B,) says which of them each row has."""
+    def __init__(self, cfg, prompt, capacity, like):
+        capacity = math.ceil(capacity / 16) * 16
+        shape = cfg.n_layer, 2, len(prompt), cfg.n_head, capacity, cfg.n_embd // cfg.n_head
         # A CPU attends twice as fast in float32. Zeros, as masked values must be numbers: 0 * nan = nan.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         with memory_tag("KV cache"):
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
-        self.lengths = torch.zeros(B, dtype=torch.long, device=like.device)  # the next token's position
-        self.rows = self.mask = None  # mask None: the next forward is the prefill
+        self.prompt, self.rows, self.lengths, self.mask = prompt, None, None, None
 
     def update(self, layer, kv):
         """New keys and values (2, B, H, T, D) -> those of all tokens so far (2, B, H, S, D)."""
-        if self.mask is None:  # prefill: all rows at once, from position 0
-            self.kv[layer, ..., :kv.size(3), :] = kv
+        if self.mask is None:  # prefill
+            self.kv[layer, ..., :kv.size(3), :] = kv[:, self.prompt]
             return kv
         # One token a row, each at a position of its own. Index tensors with a slice between them move their
         # dimension to the front: the left side is (B, 2, H, D), and transpose(0, 1) makes the right side so.
         self.kv[layer, :, self.rows, :, self.lengths] = kv[..., 0, :].transpose(0, 1).to(self.kv.dtype)
         return self.kv[layer, ..., :self.mask.size(-1), :]
 
-    def advance(self, lengths):
-        """The next forward has one token a row, at position `lengths` (B,)."""
+    def advance(self, lengths, longest):
+        """The next forward has one token a row, at position `lengths` (B,), of which `longest` is the
+        largest."""
         self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
-        positions = torch.arange(int(lengths.max()) + 1, device=lengths.device)
-        self.mask = (positions <= lengths[:, None])[:, None, None, :]  # (B, 1, 1, S)
+        S = math.ceil((longest + 1) / 16) * 16  # few different shapes
+        unseen = torch.arange(S, device=lengths.device) > lengths[:, None]
+        self.mask = torch.zeros(unseen.shape, dtype=self.kv.dtype, device=lengths.device) \
+            .masked_fill(unseen, -math.inf)[:, None, None]  # (B, 1, 1, S)
 
     def keep(self, alive):
-        """Forget the rows that are not alive (B,); layer by layer, in place: a second cache might not fit."""
-        n = int(alive.sum())
+        """Forget all rows but those numbered in alive (n,); layer by layer, in place: a second cache might
+        not fit."""
         for kv in self.kv:
-            kv[:, :n] = kv[:, alive]
-        self.kv = self.kv[:, :, :n]
+            kv[:, :len(alive)] = kv[:, alive]
+        self.kv = self.kv[:, :, :len(alive)]
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -311,32 +330,37 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
         raise ValueError(f"prompts of 1 to {cfg.n_positions - max_new_tokens} tokens fit, not "
                          f"{min(map(len, prompts))} to {longest}")
     u = (torch.rand(len(prompts), max_new_tokens, generator=generator) if u is None else u).to(device)
+    # 1. prefill: each different prompt once, right-padded; the hidden state at its last token
+    which = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    prompt = torch.tensor([which[tuple(p)] for p in prompts]).to(device)
+    idx = pad(list(which)).to(device)
+    cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.wpe.weight)
+    ends = torch.arange(len(which)), torch.tensor([len(p) - 1 for p in which])
+    hidden = model(idx, cache, tuple(x.to(device) for x in ends))[prompt]  # (B, C)
+    # what is needed to decide who goes on is on the host, too, so that it waits for the device once a token
+    rows, replies = list(range(len(prompts))), [[] for _ in prompts]  # rows: whose reply each row of the cache is
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
-    rows = torch.arange(len(prompts), device=device)  # which reply each row of the cache belongs to
-    replies = [[] for _ in prompts]
-    # 1. prefill: all prompts at once, right-padded; the hidden state at each one's last token
-    idx = pad(prompts).to(device)
-    cache = Cache(cfg, len(prompts), idx.size(1) + max_new_tokens, model.wpe.weight)
-    hidden = model(idx, cache)[rows, lengths - 1]  # (B, C)
     with prepacked(model, len(prompts)):
         for step in range(max_new_tokens):
             # 2. one token a row
             with memory_tag("logits"):
-                token = sample(model.logits(hidden), u[rows, step], temperature, top_k, top_p)  # (B,)
-            for row, t in zip(rows.tolist(), token.tolist()):
+                token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
+            tokens = token.tolist()  # the wait
+            for row, t in zip(rows, tokens):
                 replies[row].append(t)
                 if on_token:
                     on_token(row, t)
             # 3. rows that have ended leave the batch
-            alive = token != end
-            if step + 1 == max_new_tokens or not alive.any():
+            alive = [i for i, t in enumerate(tokens) if t != end]
+            if step + 1 == max_new_tokens or not alive:
                 break
-            if not alive.all():
-                rows, token, lengths = rows[alive], token[alive], lengths[alive]
+            if len(alive) < len(rows):
+                rows, alive = [rows[i] for i in alive], torch.tensor(alive).to(device)
+                token, lengths, u = token[alive], lengths[alive], u[alive]
                 cache.keep(alive)
             # 4. the tokens go in, each at its row's next position
-            cache.advance(lengths)
-            hidden = model(token[:, None], cache)[:, 0]
+            cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
+            hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
             lengths = lengths + 1
     return replies
 
@@ -358,7 +382,8 @@ def prepacked(model, rows):
     modules = [x for x in model.modules() if isinstance(x, (Linear, GPT))] if able else []
     try:
         for x in modules:
-            weight = x.wte.weight if isinstance(x, GPT) else x.weight
+            weight = next(vocab_chunks(x.wte.weight, len(x.wte.weight), model.device))[1] \
+                if isinstance(x, GPT) else x.weight
             x.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
     finally:
@@ -551,9 +576,7 @@ def reply(model, tokenizer, messages, cfg, generator):
 @torch.no_grad()
 def score_dialogue(reward_model, tokenizer, messages):
     """The reward model's score of a dialogue's last turn."""
-    ids = tokenizer.render(messages)[0][-reward_model.cfg.n_positions:]
-    idx, lengths = (torch.tensor(x).to(reward_model.device) for x in ([ids], [len(ids)]))
-    return reward_model.last(idx, lengths).item()
+    return reward_model.scores([[tokenizer.render(messages)[0][-reward_model.cfg.n_positions:]]]).item()
 
 
 def main(cfg):

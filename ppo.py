@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -158,15 +159,15 @@ def k3(logprobs, ref_logprobs):
 def as_batch(prompts, replies, end, device):
     """Lists of ids -> what everything after generation works on, as a dict of tensors:
 
-    idx (B, T), lengths (B,), ended (B,), and targets (B, T): the reply's token that each position predicts,
-    or -1.
+    idx (B, T), lengths (B,) on the host, ended (B,), and targets (B, T): the reply's token that each position
+    predicts, or -1.
     """
     idx = pad([p + r for p, r in zip(prompts, replies)])
     targets = pad([[-1] * (len(p) - 1) + r + [-1] for p, r in zip(prompts, replies)], -1)
-    batch = {"idx": idx, "targets": targets,
-             "lengths": torch.tensor([len(p) + len(r) for p, r in zip(prompts, replies)]),
-             "ended": torch.tensor([r[-1] == end for r in replies])}
-    return {name: t.to(device) for name, t in batch.items()}
+    ended = torch.tensor([reply[-1] == end for reply in replies])
+    lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, replies)])
+    return {"idx": idx.to(device), "targets": targets.to(device), "ended": ended.to(device),
+            "lengths": lengths}
 
 
 def policy_logprobs(model, batch, temperature, entropy=False):
@@ -178,9 +179,10 @@ def policy_logprobs(model, batch, temperature, entropy=False):
 
 
 def slice_batch(batch, rows):
-    """Some rows (a slice or indices), cut to the longest of them as pad() would: no work for padding."""
+    """Some rows (a slice, or indices on the host), cut to the longest of them as pad() would."""
     T = math.ceil(int(batch["lengths"][rows].max()) / 8) * 8
-    return {name: t[rows] if t.dim() == 1 else t[rows, :T] for name, t in batch.items()}
+    rows = rows if isinstance(rows, slice) else rows.to(batch["idx"].device)
+    return {name: t[rows] if t.dim() == 1 else t[rows, :T] for name, t in batch.items() if name != "lengths"}
 
 
 def microbatch_size(cfg):
@@ -199,17 +201,14 @@ def map_microbatches(function, batch, size):
     return [torch.cat(x).to(batch["idx"].device) for x in zip(*parts)]
 
 
-def replies_of(batch):
-    """-> lists of ids."""
-    return [[t for t in row if t >= 0] for row in batch["targets"].tolist()]
-
-
-def score_replies(batch, reward_model, rows, tokenizer):
-    """-> (B,): scores from the reward model, or 1 for a reply that passes its row's check and 0 otherwise."""
-    if reward_model:
-        return reward_model.last(batch["idx"], batch["lengths"])
-    passed = [float(passes(row, reply, tokenizer)) for row, reply in zip(rows, replies_of(batch))]
-    return torch.tensor(passed).to(batch["idx"].device)
+def score_replies(reward_model, rows, replies, tokenizer):
+    """-> (B,): scores from the reward model, or 1 for a reply that passes its row's check and 0 otherwise.
+    Neighbours with the same prompt are scored as one row."""
+    pairs = zip(rows, replies)
+    if not reward_model:
+        return torch.tensor([float(passes(row, reply, tokenizer)) for row, reply in pairs])
+    return reward_model.scores([[row["ids"] + reply for row, reply in group]
+                                for _, group in groupby(pairs, key=lambda pair: pair[0]["ids"])])
 
 
 def clip_scores(scores, ended, cfg):
@@ -233,7 +232,7 @@ def sample_replies(step, prompts, actor, tokenizer, cfg):
 
 @torch.no_grad()
 def rollout(step, rows, models, tokenizer, cfg, kl_coef):
-    """The policy answers `rows` -> (batch with everything that the update needs, first_pass).
+    """The policy answers `rows` -> (batch with everything that the update needs, replies, first_pass).
 
     If the first gradient step takes the whole batch at once, its policy is still the one that sampled. Then
     first_pass is (logprobs, values) with their graphs, which the update need not compute again. Otherwise,
@@ -254,7 +253,7 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
 
     def frozen(b, part):
         return [policy_logprobs(reference, b, cfg.temperature)[0],
-                score_replies(b, reward_model, rows[part], tokenizer)]
+                score_replies(reward_model, rows[part], replies[part], tokenizer)]
 
     keep_graph = size == len(rows) and WORLD == 1 and not cfg.checkpoint and cfg.offload == "none"
     with torch.set_grad_enabled(keep_graph):
@@ -267,19 +266,20 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
     batch["returns"] = advantages + batch["values"]
     batch["advantages"] = whiten(advantages, mask)
-    return batch, (logprobs, values) if keep_graph else None
+    return batch, replies, (logprobs, values) if keep_graph else None
 
 
 def trace(batch, tokenizer):
     """Print the first reply, token by token."""
+    batch = {name: t[0].tolist() for name, t in batch.items()}
     columns = {"logprob": "logprobs", "ref": "ref_logprobs", "kl": "kl", "reward": "rewards",
                "value": "values", "return": "returns", "advantage": "advantages"}
     print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in columns))
-    for t in batch["mask"][0].nonzero().squeeze(1).tolist():
-        token = batch["targets"][0, t].item()
-        text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
-        print(f"{text:>14} " + " ".join(f"{batch[name][0, t].item():9.3f}" for name in columns.values()))
-    print(f"score {batch['scores'][0].item():.3f}, paid on the last token")
+    for t, token in enumerate(batch["targets"]):
+        if token >= 0:
+            text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
+            print(f"{text:>14} " + " ".join(f"{batch[name][t]:9.3f}" for name in columns.values()))
+    print(f"score {batch['scores']:.3f}, paid on the last token")
 
 
 # --- update -------------------------------------------------------------------------------------------------
@@ -291,9 +291,9 @@ def minibatches(n, cfg, generator):
 
 
 def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
-    """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics: this process's part of their
-    means over the minibatch's reply tokens."""
-    stats, n = defaultdict(float), batch["mask"][minibatch].sum()
+    """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics, tensors on the device: this
+    process's part of their means over the minibatch's reply tokens."""
+    stats, n = defaultdict(float), batch["mask"][minibatch.to(batch["idx"].device)].sum()
     # The batch is sorted by length: neighbours need little padding.
     for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg)):
         b = slice_batch(batch, part)
@@ -307,7 +307,7 @@ def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
         loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
         (cfg.value_coef * loss / n).backward()
         stats["value_loss"] += loss.detach() / n
-    return dict(zip(stats, torch.stack([*stats.values()]).tolist()))  # one transfer from the device
+    return stats
 
 
 def ptx_gradients(actor, demonstrations, generator, cfg):
@@ -319,7 +319,7 @@ def ptx_gradients(actor, demonstrations, generator, cfg):
     for i in range(0, len(mine), size):
         nll = negative_log_likelihood(actor, mine[i:i + size], actor.device).sum()
         (cfg.ptx_coef * nll / n).backward()
-        loss += nll.item() / n
+        loss += nll.detach() / n
     return loss
 
 
@@ -333,11 +333,12 @@ def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
     generator, history, updates, actor_learns = rng(cfg.seed, "update", step), defaultdict(list), 0, True
     phase("update")
     for minibatch in minibatches(len(batch["idx"]), cfg, generator):
-        stats = ppo_gradients(batch, minibatch.to(batch["idx"].device), first_pass, models, actor_learns, cfg)
+        stats = ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg)
         first_pass = None  # the weights change now
         if cfg.ptx_coef and actor_learns:
             stats["ptx_loss"] = ptx_gradients(models.actor, demonstrations, generator, cfg)
-        stats = dict(zip(stats, all_reduce_sum(*stats.values())))
+        numbers = torch.stack([*stats.values()]).tolist()  # the host waits for the device here
+        stats = dict(zip(stats, all_reduce_sum(*numbers)))
         if actor_learns and 0 < cfg.target_kl < stats["approx_kl"]:
             actor_learns = False
             optimizers["actor"].zero_grad()
@@ -371,13 +372,13 @@ def rollout_statistics(batch):
     mask = batch["mask"]
     residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
     variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
-    return {"score": batch["scores"].mean().item(), "kl": batch["kl"].sum(1).mean().item(),
-            "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask).item(),
-            "entropy": masked_mean(batch["entropy"], mask).item(),
-            # 1: the critic predicts the returns exactly; 0: no better than their mean would
-            "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
-            "eos_rate": batch["ended"].float().mean().item(),
-            "response_length": mask.sum(1).float().mean().item()}
+    out = {"score": batch["scores"].mean(), "kl": batch["kl"].sum(1).mean(),
+           "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask),
+           "entropy": masked_mean(batch["entropy"], mask),
+           # 1: the critic predicts the returns exactly; 0: no better than their mean would
+           "explained_variance": 1 - residual / variance.clamp(min=1e-8),
+           "eos_rate": batch["ended"].float().mean(), "response_length": mask.sum(1).float().mean()}
+    return dict(zip(out, torch.stack([*out.values()]).tolist()))
 
 
 def health_warnings(log, dtype):
@@ -407,16 +408,16 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
 
     def measure(pairs, _):  # (row, reply) -> (score, KL)
         rows, replies = zip(*pairs)
-        batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
-        scores = score_replies(batch, reward_model, rows, tokenizer)
+        scores = score_replies(reward_model, rows, replies, tokenizer)
         kl = torch.zeros_like(scores)
         if model is not reference:
+            batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
             logprobs, ref_logprobs = (policy_logprobs(net, batch, cfg.temperature)[0]
                                       for net in (model, reference))
             kl = (logprobs - ref_logprobs).sum(1)
         return torch.stack([scores, kl], 1).tolist()
     measured = map_by_length(measure, list(zip(rows, replies)), microbatch_size(cfg),
-                             length=lambda pair: len(pair[0]["ids"]) + len(pair[1]))
+                             length=lambda pair: (len(pair[0]["ids"]), pair[0]["ids"], len(pair[1])))
     scores, kl = torch.tensor([*zip(*measured)])
     ended = torch.tensor([reply[-1] == tokenizer.end for reply in replies])
     # unclipped, so that high scores can be compared
@@ -523,8 +524,9 @@ def dry_iteration(cfg, device, dtype):
     """One rollout and its update with every prompt and every reply at full length, for a dry run."""
     models, tokenizer = load_models(cfg, device, dtype)
     optimizers, T = make_optimizers(models, cfg), cfg.block_size
-    rows = [{"ids": [0] * (T - cfg.max_new_tokens), "check": ""}] * cfg.batch
-    batch, first_pass = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
+    # every prompt begins with another token: equal ones would be computed once
+    rows = [{"ids": [i, *[0] * (T - cfg.max_new_tokens - 1)], "check": ""} for i in range(cfg.batch)]
+    batch, _, first_pass = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
     update(0, batch, first_pass, models, optimizers, cfg.lr, [([0] * T, [0] * T)], cfg)
 
 
@@ -555,16 +557,16 @@ def main(cfg):
             clock = time.time()
             rows = sorted((train[i] for i in batch_at(step, (0,) * len(train), cfg.batch, cfg.seed)),
                           key=lambda row: len(row["ids"]))  # then neighbours need little padding
-            batch, first_pass = rollout(step, rows, models, tokenizer, cfg, kl_coef)
+            batch, replies, first_pass = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):
                 trace(batch, tokenizer)
             lr = linear_lr(step, cfg)
             log = update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
 
-            done, replies = step + 1, replies_of(batch)
+            done = step + 1
             log |= rollout_statistics(batch) | {
                 "gold": gold(rows, replies, tokenizer), "kl_coef": kl_coef, "lr": lr,
-                "tokens_per_s": batch["mask"].sum().item() / (time.time() - clock),
+                "tokens_per_s": sum(map(len, replies)) / (time.time() - clock),
                 "seconds": time.time() - run.clock, "memory_gb": memory_gb(device)}
             kl_coef = update_kl_coef(kl_coef, log["kl"], cfg)
             if done % cfg.log_every == 0 or done == cfg.steps:

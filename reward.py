@@ -6,6 +6,7 @@ Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl
 (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
 A model that only guesses has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
 """
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from data.batches import batch_at, map_by_length, pad
+from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
 from model import (GPT, Scorer, exported, generate_many, load_model, make_model, make_optimizer,
@@ -83,18 +84,17 @@ def load_pairs(cfg, tokenizer):
     return out
 
 
+def tokens_of_pair(pair):
+    """What the two dialogues take as one row: see branching()."""
+    return sum(map(len, pair)) - len(os.path.commonprefix(pair))
+
+
 # --- mathematics --------------------------------------------------------------------------------------------
 
-def score(model, rows, device):
-    """Lists of ids -> the score at the last token of each, float32 (B,)."""
-    lengths = torch.tensor([len(ids) for ids in rows]).to(device)
-    return model.last(pad(rows).to(device), lengths)
-
-
-def score_pairs(model, pairs, device):
-    """[(chosen ids, rejected ids), ...] -> (score(chosen), score(rejected)), each float32 (B,)."""
-    chosen, rejected = zip(*pairs)
-    return score(model, chosen + rejected, device).chunk(2)
+def score_pairs(model, pairs):
+    """[(chosen ids, rejected ids), ...] -> (score(chosen), score(rejected)), each float32 (B,). A pair is one
+    row with two branches: its prompt is computed once."""
+    return model.scores(pairs).view(-1, 2).unbind(1)
 
 
 # The loss ignores what both replies' scores have in common, but PPO clips scores: keep it small.
@@ -110,13 +110,12 @@ def bradley_terry(chosen, rejected):
 
 
 @torch.no_grad()
-def evaluate_margins(model, rows, device, size):
+def evaluate_margins(model, rows, size):
     """score(chosen) - score(rejected) of each row, float32 on the CPU."""
     def margins(pairs, _):
-        chosen, rejected = score_pairs(model, pairs, device)
+        chosen, rejected = score_pairs(model, pairs)
         return (chosen - rejected).tolist()
-    pairs = [row["ids"] for row in rows]
-    return torch.tensor(map_by_length(margins, pairs, size, length=lambda pair: max(map(len, pair))))
+    return torch.tensor(map_by_length(margins, [row["ids"] for row in rows], size, length=tokens_of_pair))
 
 
 def accuracy_table(rows, margin):
@@ -167,19 +166,19 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
     replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
     rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
-    scores = map_by_length(lambda rows, _: score(model, rows, device).tolist(), rows,
+    scores = map_by_length(lambda rows, _: model.scores([[row] for row in rows]).tolist(), rows,
                            cfg.microbatch or cfg.batch)
     return torch.tensor(scores).mean().item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
-def learn(model, batch, cfg, device):
+def learn(model, batch, cfg):
     """Gradients of the mean of loss + CENTER * penalty over a batch of pairs of ids -> (the mean loss alone,
     how many pairs are ranked right)."""
     loss, right, size, mine = 0.0, 0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
     for i in range(0, len(mine), size):
-        chosen, rejected = score_pairs(model, mine[i:i + size], device)
+        chosen, rejected = score_pairs(model, mine[i:i + size])
         pair_loss, penalty = bradley_terry(chosen, rejected)
         ((pair_loss + CENTER * penalty) / len(batch)).backward()
         loss += pair_loss.item() / len(batch)
@@ -192,7 +191,7 @@ def dry_iteration(cfg, device, dtype):
     model, _ = make_model(cfg, Scorer, device, dtype)
     optimizer = make_optimizer(model, cfg)
     phase("update")
-    learn(model, [([0] * cfg.block_size,) * 2] * cfg.batch, cfg, device)
+    learn(model, [([0] * cfg.block_size, [1] * cfg.block_size)] * cfg.batch, cfg)  # nothing in common
     optimizer.step(cfg.lr, cfg.grad_clip)
 
 
@@ -204,7 +203,7 @@ def main(cfg):
     model, tokenizer = make_model(cfg, Scorer, device, dtype)
     shard(model, device)
     train, val = load_pairs(cfg, tokenizer)
-    lengths = tuple(max(map(len, row["ids"])) for row in train)
+    lengths = tuple(tokens_of_pair(row["ids"]) for row in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
@@ -216,7 +215,7 @@ def main(cfg):
     with run:
         for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
-            loss, correct = learn(model, batch, cfg, device)
+            loss, correct = learn(model, batch, cfg)
             right += correct
             lr = cosine_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
@@ -233,7 +232,7 @@ def main(cfg):
                 run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
                         seconds=time.time() - run.clock, memory_gb=memory_gb(device))
             if val and done % cfg.eval_every == 0 and done < cfg.steps:
-                accuracy = (evaluate_margins(model, val, device, size) > 0).float().mean().item()
+                accuracy = (evaluate_margins(model, val, size) > 0).float().mean().item()
                 say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
                 run.log(step=done, val_accuracy=accuracy)
                 clock, seen = time.time(), 0
@@ -242,7 +241,7 @@ def main(cfg):
 
     accuracy = ceiling = None
     if val:
-        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, device, size))
+        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, size))
         run.log(step=cfg.steps, calibration=bins)
     offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:

@@ -34,6 +34,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -169,7 +170,7 @@ def gpt2():
 
 def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
-    cfg, models, batch, _ = a_rollout()
+    cfg, models, batch, _, _ = a_rollout()
     statistics = update(cfg, models, batch)
     new, _ = ppo.policy_logprobs(tiny(), batch, 1.0)
     assert statistics["ratio_first"] == 1.0 and torch.equal(new, batch["logprobs"])
@@ -235,8 +236,8 @@ def test_bug_06_the_score_lands_on_the_first_pad():
 def test_bug_07_the_reward_model_reads_prompt_and_padding():
     # Colossal-AI until 7b9b86441; ColossalAI#4475
     net, rows = tiny(Scorer), [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
-    scores, values = reward.score(net, rows, CPU), net.values(pad(rows))
-    close(scores, torch.cat([reward.score(net, [row], CPU) for row in rows]))
+    scores, values = net.scores([[row] for row in rows]), net.values(pad(rows))
+    close(scores, torch.cat([net.scores([[row]]) for row in rows]))
     close(scores, values[[0, 1], [2, 5]])
     assert apart(values.mean(1), scores) > 0.01  # the mistake
 
@@ -353,7 +354,7 @@ def test_bug_16_ptx_from_different_batches():
     demonstrations = [e for row in rows for e in tokenizer.encode_demonstration(row, TINY, 64)]
     losses, follows = [], lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
     for microbatch in (0, 2):
-        cfg, models, batch, _ = a_rollout()
+        cfg, models, batch, _, _ = a_rollout()
         cfg = dataclasses.replace(cfg, ptx_coef=0.5, microbatch=microbatch)
         with mock.patch.object(ppo, "negative_log_likelihood", wraps=ppo.negative_log_likelihood) as spy:
             losses.append(update(cfg, models, batch, demonstrations=demonstrations)["ptx_loss"])
@@ -390,8 +391,8 @@ def test_bug_18_double_softmax_in_the_reward_loss():
     close(loss, torch.log1p((-margin).exp()))
     twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
     assert apart(twice, loss) > 0.1
-    by_hand = reward.score(net, [[5, 6]], CPU) - reward.score(net, [[7, 8, 9]], CPU)
-    chosen, rejected = reward.score_pairs(net, [([5, 6], [7, 8, 9])], CPU)
+    by_hand = net.scores([[[5, 6]]]) - net.scores([[[7, 8, 9]]])
+    chosen, rejected = reward.score_pairs(net, [([5, 6], [7, 8, 9])])
     close(chosen - rejected, by_hand)
 
 def test_bug_19_a_square_weight_that_nobody_transposed(tmp_path):
@@ -611,8 +612,6 @@ def compute_elsewhere(op, *args, device=None, **kwargs):
     return out if at_home else tree_map_only(torch.Tensor, Elsewhere, out)
 
 def flash_elsewhere(q, k, v, attn_mask=None, is_causal=False):
-    if attn_mask is not None:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
@@ -1018,7 +1017,7 @@ def test_right_padding_changes_nothing():
     net, row = tiny(), random_ids(1, 9)
     close(net(F.pad(row, (0, 20), value=77))[:, :9], net(row))
     # pad() makes 64 columns of a full row
-    close(reward.score(tiny(Scorer, n_positions=60), [random_ids(60).tolist()], CPU),
+    close(tiny(Scorer, n_positions=60).scores([[random_ids(60).tolist()]]),
           tiny(Scorer, n_positions=60).values(random_ids(1, 60))[:, -1])
     assert len(greedy(tiny(n_positions=60), [[5, 6, 7]], 57)[0]) == 57
 
@@ -1029,13 +1028,98 @@ def test_the_first_loss_is_near_ln_v():
     close(nll.mean(), math.log(net.cfg.vocab_size) + 1 / 8, 0.06)
 
 def test_an_untrained_reward_model_has_loss_ln_2_and_scores_of_spread_one():
-    scores = reward.score(tiny(Scorer, n_embd=128, spread=0), random_ids(400, 12).tolist(), CPU)
+    scores = tiny(Scorer, n_embd=128, spread=0).scores([[row] for row in random_ids(400, 12).tolist()])
     assert 0.5 < scores.std() < 1.5
     close(-F.logsigmoid(torch.zeros(())), math.log(2), 5e-7)
 
 def test_only_the_last_position_gives_the_same_score():
-    net, idx, lengths = tiny(Scorer), random_ids(3, 8), torch.tensor([8, 3, 5])
-    close(net.last(idx, lengths), net.values(idx)[torch.arange(3), lengths - 1])
+    net, idx, lengths = tiny(Scorer), random_ids(3, 8), [8, 3, 5]
+    close(net.scores([[row[:n]] for row, n in zip(idx.tolist(), lengths)]),
+          net.values(idx)[torch.arange(3), torch.tensor(lengths) - 1])
+
+def branching_cases():
+    """Groups of rows: unequal replies, prompts cut from the left, a reply that is the beginning of another,
+    two equal ones, a single row."""
+    ids = random_ids(1, 200).flatten().tolist()
+    return [[ids[:20] + ids[40:43], ids[:20] + ids[50:61]], [ids[5:30], ids[5:30] + ids[60:64]],
+            [ids[7:33]] * 2, [ids[2:28] + ids[70:75], ids[2:28] + ids[70:73] + ids[80:88]]]
+
+def test_rows_that_branch_score_as_rows_of_their_own():
+    groups = branching_cases()
+    arguments = batches.branching(groups, CPU)
+    assert arguments["branch"].max() == 2 and len(arguments["idx"]) == 4  # they do branch
+    assert arguments["idx"].numel() < 0.8 * pad([row for rows in groups for row in rows]).numel()
+    assert set(batches.branching([[[5, 6]], [[7]]], CPU)) == {"idx", "at"}  # nothing in common: rows alone
+    for changes in ({}, {"checkpoint": True}):
+        grads = []
+        for split in (False, True):
+            net = tiny(Scorer, **changes)
+            for i in (0, 1):  # LoRA is a part of each matrix
+                net.h[i].attn.c_attn.add_lora(2, rng(i))
+                nn.init.normal_(net.h[i].attn.c_attn.lora_b, generator=rng(i, "b"))
+            rows = [[row] for rows in groups for row in rows] if split else groups
+            scores = net.scores(rows)
+            (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
+            grads.append([scores.detach(), *(p.grad for p in net.parameters())])
+        for a, b in zip(*grads):
+            close(a, b, 1e-6 * max(1, b.abs().max().item()))
+
+def test_a_branch_does_not_see_its_sisters_and_a_group_may_have_many():
+    ids = random_ids(1, 60).flatten().tolist()
+    rows = [ids[:16] + ids[16 + 4 * i:20 + 4 * i] for i in range(9)]
+    close(tiny(Scorer).scores([rows]), tiny(Scorer).scores([[row] for row in rows]), 1e-6)
+    assert batches.branching([rows], CPU)["idx"].numel() == 16 + 4 * 9 + 4  # padded to 56
+
+def test_logits_far_from_zero_are_as_exact_in_bfloat16_as_those_near_it():
+    # GPT-2's own lie near -100, where bfloat16 has steps of 0.5
+    noise, hidden = torch.randn(1000, 256, generator=rng(0)) * 0.3, torch.randn(64, 256, generator=rng(1)) + 0.5
+    moved = hidden + 0.01 * torch.randn(hidden.shape, generator=rng(2))
+    errors, ratios, wrong = [], [], []
+    for offset in (0.0, -100 / (256 * 0.5)):
+        weight = (noise + offset).bfloat16()
+        targets = (hidden @ noise.T).argmax(1)  # tokens as a policy would choose them
+        exact, got = [], []
+        for h in (hidden.bfloat16(), moved.bfloat16()):
+            logprobs = (h.double() @ weight.double().T).log_softmax(-1)
+            exact.append(logprobs[torch.arange(64), targets])
+            got.append(token_logprobs(h, weight, targets, chunk=300)[0].double())
+            net = GPT(GPTConfig(1000, 8, 0, 1, 256, "tiny")).bfloat16()
+            net.wte.weight.data = weight
+            close(net.logits(h).log_softmax(-1)[torch.arange(64), targets], exact[-1], 0.1)
+        errors.append((got[0] - exact[0]).square().mean().sqrt())
+        ratios.append((got[1] - got[0] - (exact[1] - exact[0])).exp())
+        plain = [(h @ weight.T).float().log_softmax(-1)[torch.arange(64), targets]
+                 for h in (hidden.bfloat16(), moved.bfloat16())]
+        wrong.append((plain[1] - plain[0] - (exact[1] - exact[0])).exp())
+    assert errors[1] < 1.5 * errors[0], errors
+    assert all((r - 1).abs().max() < 0.2 for r in ratios)
+    assert (wrong[1] - 1).abs().max() > 0.2  # the mistake
+
+def test_equal_prompts_are_read_once_and_the_device_is_asked_once_a_token():
+    net, prompts = tiny(), [[5, 6, 7]] * 3 + [[8, 9]] * 2 + [[5, 6, 7]]
+    u = torch.rand(6, 12, generator=rng(0))
+    alone = [generate(net, [p], 12, TINY.end, u=u[i:i + 1])[0] for i, p in enumerate(prompts)]
+    rows, waits, to_list = [], [], torch.Tensor.tolist
+    watch = net.h[0].register_forward_hook(lambda block, args, out: rows.append(out.size(0)))
+    def wait(t):
+        waits.append(t.shape)
+        return to_list(t)
+    asks = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("item", "__bool__", "__int__")}
+    with mock.patch.object(torch.Tensor, "tolist", wait), mock.patch.multiple(torch.Tensor, **asks):
+        together = generate(net, prompts, 12, TINY.end, u=u)
+    watch.remove()
+    assert together == alone and rows[0] == 2 and rows[1] <= 6
+    assert len(waits) == max(map(len, together))
+
+def test_rows_that_branch_take_less_memory():
+    peaks, prompt = [], list(range(200))
+    for pair in ((prompt + [1] * 56, prompt + [2] * 56), ([1] * 256, [2] * 256)):
+        with memory.dry_run() as count:
+            net = tiny(Scorer, n_layer=3, n_positions=256).to(memory.DEVICE)
+            count.phase("update")
+            reward.learn(net, [pair] * 8, reward.Config(batch=8))
+        peaks.append(count.phases["update"]["peak_device_bytes"])
+    assert peaks[0] < 0.75 * peaks[1], peaks
 
 def test_shift_adds_a_constant_to_every_score():
     net, idx = tiny(Scorer), random_ids(3, 8)
@@ -1058,7 +1142,7 @@ def test_logits_equal_those_of_transformers(tmp_path):
             tensors[name] = (wave + ("ln_" in name and name.endswith("weight"))).float().view(p.shape)
         hub.write_safetensors(path, tensors)
         net = m.load_model(path.parent, cls)
-        out = net.logits(net(ids))[0, -1, :6] if cls is GPT else net.last(ids, torch.tensor([12]))
+        out = net.logits(net(ids))[0, -1, :6] if cls is GPT else net.scores([ids.tolist()])
         close(out, golden, 2e-5)
 
 def until(end, reply):
@@ -1071,10 +1155,10 @@ def test_generation_ends_per_row_and_when_all_have_ended():
     assert stopped == [until(free[0][3], reply) for reply in free]
     rows = [n for n, _ in shapes]
     assert rows == sorted(rows, reverse=True) and sum(rows[1:]) < 3 * 11  # no more work for what has ended
-    cache = m.Cache(net.cfg, 3, 8, net.wpe.weight)
+    cache = m.Cache(net.cfg, torch.arange(3), 8, net.wpe.weight)
     cache.kv.copy_(torch.randn(cache.kv.shape))
     want, place = cache.kv[:, :, [0, 2]].clone(), cache.kv.data_ptr()
-    cache.keep(torch.tensor([True, False, True]))
+    cache.keep(torch.tensor([0, 2]))
     assert torch.equal(cache.kv, want) and cache.kv.data_ptr() == place  # no second cache
 
 def test_matrices_prepacked_for_decoding_give_the_same_logits():
@@ -1517,12 +1601,12 @@ def test_the_clipped_objective_stops_pushing_beyond_the_clip():
     assert (logprobs.grad[0] != 0).tolist() == [False, True, True, False] and share == 2
 
 def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
-    batch = ppo.as_batch([[5]] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]], TINY.end, CPU)
-    reward_model = mock.Mock(last=lambda idx, lengths: torch.tensor([9.0, 3.0, -0.5]))
-    scores = ppo.score_replies(batch, reward_model, None, None)
+    rows, replies = [{"ids": [5]}] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]]
+    reward_model = mock.Mock(scores=lambda groups: torch.tensor([9.0, 3.0, -0.5]))
+    scores = ppo.score_replies(reward_model, rows, replies, None)
     for penalty, want in (1.0, [5.0, -1.5, -0.5]), (0.0, [5.0, 3.0, -0.5]):  # below every reply that ended
         cfg = ppo.Config(score_clip=5.0, missing_eos_penalty=penalty)
-        assert ppo.clip_scores(scores, batch["ended"], cfg).tolist() == want
+        assert ppo.clip_scores(scores, torch.tensor([True, False, True]), cfg).tolist() == want
 
 def test_equal_rewards_give_no_advantage_and_no_nan():
     close(ppo.whiten(torch.full((3, 4), 2.0), torch.ones(3, 4, dtype=torch.bool)), torch.zeros(3, 4), 1e-3)
@@ -1547,7 +1631,7 @@ def test_adaptive_kl_moves_towards_its_target():
 def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
     ends = []
     for target_kl, allowed in ((0.02, None), (1e-9, None), (0.0, 100)):
-        cfg, models, batch, _ = a_rollout(epochs=50, target_kl=target_kl)
+        cfg, models, batch, _, _ = a_rollout(epochs=50, target_kl=target_kl)
         before = weights_of(models.actor)
         with mock.patch.object(OffloadedAdamW, "step", autospec=True, side_effect=OffloadedAdamW.step) as spy:
             statistics = update(cfg, models, batch, lr=1e-3)
@@ -1560,7 +1644,7 @@ def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
 def test_micro_batches_do_not_change_ppos_update():
     after = []
     for microbatch in (0, 1):
-        cfg, models, batch, _ = a_rollout()
+        cfg, models, batch, _, _ = a_rollout()
         cfg.microbatch = microbatch
         # eps is large, so that a step is as long as its gradient and does not blow up rounding errors
         update(cfg, models, batch, eps=1.0)
@@ -1570,7 +1654,7 @@ def test_micro_batches_do_not_change_ppos_update():
 def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass():
     ends, forwards = [], []
     for microbatch in (0, 4):
-        cfg, models, batch, first_pass = a_rollout(minibatch=8, microbatch=microbatch, epochs=2)
+        cfg, models, batch, _, first_pass = a_rollout(minibatch=8, microbatch=microbatch, epochs=2)
         with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
             statistics = update(cfg, models, batch, first_pass, eps=1e-5, host=None)
         assert (first_pass is None) == (microbatch > 0)
@@ -1581,7 +1665,7 @@ def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass():
     close(*ends, 1e-4)
 
 def test_k1_and_policy_start_at_zero_distance():
-    _, _, batch, _ = a_rollout(temperature=0.7)
+    _, _, batch, _, _ = a_rollout(temperature=0.7)
     assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
 
 def test_win_rate_counts_ties_as_half_and_its_interval_is_wilsons():
@@ -1656,7 +1740,7 @@ def test_trace_prints_a_rollout_token_by_token(tmp_path):
     assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
 
 def test_a_trace_shows_the_first_replys_numbers():
-    _, _, batch, _ = a_rollout()
+    _, _, batch, _, _ = a_rollout()
     _, text = quiet(ppo.trace, batch, TINY)
     head, *lines, last = text.splitlines()
     n = int(batch["mask"][0].sum())
@@ -1919,7 +2003,7 @@ def test_the_evaluation_reports_known_replies_and_scores():
         assert (new, end, temperature) == (7, TINY.end, 0.5)
         assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
         return after if net is actor else before if len(prompts) == 4 else tries * 4
-    reward_model = mock.Mock(last=lambda idx, _: torch.tensor([value[token] for token in idx[:, 2].tolist()]))
+    reward_model = mock.Mock(scores=lambda groups: torch.tensor([value[r[2]] for rows in groups for r in rows]))
     cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
     with mock.patch.object(ppo, "generate_many", speak):
         result, text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)

@@ -4,7 +4,8 @@ seed and the place in the run, so a resumed run needs no saved random states.
 import functools
 import hashlib
 import math
-from itertools import chain, cycle, islice
+import os
+from itertools import accumulate, chain, cycle, islice
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,33 @@ def pad(rows, value=0, dtype=torch.long):
     products are planned once and reused, which makes a training step on a CPU a fifth faster."""
     T = math.ceil(max(map(len, rows)) / 8) * 8
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows], dtype=dtype)
+
+
+def branching(groups, device):
+    """[[row, row, ...], ...], lists of ids -> arguments of GPT.forward in which each group is one row; what
+    its rows have in common at their beginning stands there, and is computed, once:
+
+        [common | rest of row 1 | rest of row 2 | ...]
+
+    idx, positions and branch, each (groups, T): tokens, their places in their own rows, and whose they are
+    (0: everyone's, 1, 2, ...). at = (rows, columns), each (N,): where the N rows end, in order. Where little
+    is in common, each row stands alone.
+    """
+    idx, positions, branch, at = [], [], [], []
+    for i, rows in enumerate(groups):
+        n = len(os.path.commonprefix(rows))
+        rests = [row[n:] for row in rows]
+        idx.append([*rows[0][:n], *chain(*rests)])
+        positions.append([*range(n), *chain(*(range(n, n + len(rest)) for rest in rests))])
+        branch.append([0] * n + [k for k, rest in enumerate(rests, 1) for _ in rest])
+        ends = accumulate(map(len, rests), initial=n - 1)
+        at += [(i, end if rest else n - 1) for end, rest in zip(islice(ends, 1, None), rests)]
+    rows = [row for rows in groups for row in rows]
+    if max(map(len, idx)) * len(idx) > 0.9 * max(map(len, rows)) * len(rows):
+        out, at = {"idx": pad(rows)}, [(i, len(row) - 1) for i, row in enumerate(rows)]
+    else:
+        out = {"idx": pad(idx), "positions": pad(positions), "branch": pad(branch)}
+    return {**{name: x.to(device) for name, x in out.items()}, "at": tuple(torch.tensor(at).T.to(device))}
 
 
 @functools.lru_cache(1)  # every step of an epoch asks for it

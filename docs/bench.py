@@ -96,10 +96,9 @@ def bench_workload(name, size, dtype_name):
 
         def run():
             if kind == "sft":
-                batch = [(row[:-1], row[1:]) for row in ids(B, T + 1)]
+                sft.learn(model, [(row[:-1], row[1:]) for row in ids(B, T + 1)], B * T, cfg, cpu)
             else:
-                batch = [(ids(T), ids(T)) for _ in range(B)]
-            stage.learn(model, batch, cfg, cpu)
+                reward.learn(model, [(ids(T), ids(T)) for _ in range(B)], cfg)
             adam.step(1e-5)
     elif kind == "generate":
         B, P, N = work
@@ -122,7 +121,7 @@ def bench_workload(name, size, dtype_name):
 
         def run():
             rows = [{"ids": row} for row in ids(B, P)]
-            batch, first_pass = ppo.rollout(0, rows, models, SimpleNamespace(end=-1), cfg, 0.05)
+            batch, _, first_pass = ppo.rollout(0, rows, models, SimpleNamespace(end=-1), cfg, 0.05)
             ppo.update(0, batch, first_pass, models, adams, 1e-5, None, cfg)
             watch.phase("rest")
     seconds = median_seconds(run, *repeat)

@@ -256,10 +256,10 @@ def kernels():
         f"cuDNN {torch.backends.cudnn.version()}, {os.cpu_count()} cores")
     m.pick_device(DEVICE.type, "auto")
     B, H, T, D = (2, 2, 16, 16) if SMOKE else (16, 12, 128, 64)
-    mask = torch.ones(B, 1, 1, T - 5, dtype=torch.bool, device=DEVICE)
     for dtype, cudnn in itertools.product((BF16, F32), (True, False)):
         cudnn_attention(cudnn)
         q, k, v = torch.randn(3, B, T, H, D, dtype=dtype, device=DEVICE).transpose(2, 3)
+        mask = torch.zeros(B, 1, 1, T - 5, dtype=dtype, device=DEVICE)
         calls = {"training": lambda: m.attend(q, k, v),
                  "decoding": lambda: m.attend(q[:, :, :1], k[:, :, :-5], v[:, :, :-5], mask)}
         for name, call in calls.items():
@@ -620,7 +620,7 @@ def ppo_speed():
         with Tracker() as tracker:
             models, adams = four_models(cfg)
             for step in range(1 if SMOKE else 4):
-                batch, first_pass = roll_out(models, cfg, step)
+                batch, _, first_pass = roll_out(models, cfg, step)
                 log = ppo.update(step, batch, first_pass, models, adams, 1e-6, None, cfg)
                 tracker.phase("rest")
                 if time_left() < 8:
@@ -649,7 +649,7 @@ def syncs():
              ("an SFT step", 1, lambda: (sft.learn(net, batch, 8 * P, cfg, DEVICE), adam.step(1e-6, 1.0))),
              (f"ppo.rollout, {N} tokens and the scoring", 1, lambda: roll_out(models, ppo_cfg)),
              ("ppo.update, a gradient step", 2,
-              lambda: ppo.update(0, *rolled, models, adams, 1e-6, None, ppo_cfg)))
+              lambda: ppo.update(0, rolled[0], rolled[2], models, adams, 1e-6, None, ppo_cfg)))
     for name, per, call in calls:
         call()
         synchronize()
