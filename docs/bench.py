@@ -4,11 +4,13 @@
     python docs/bench.py sft ppo-1           # only these
     python docs/bench.py tricks              # one PPO iteration of GPT-2 124M, really run: memory and seconds
     python docs/bench.py fit                 # the largest GPT-2 that fits a device, by dry runs
+    python docs/bench.py ragged-reward       # GPT-2 124M on rows of real lengths; ragged-sft, generate-same
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
 """
 import functools
+import gzip
 import json
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import reward
 import sft
 from data.batches import rng
 from data.run import memory_gb, require
+from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import GPT, GPTConfig, Scorer, generate
 
@@ -139,6 +142,59 @@ def bench_workload(name, size, dtype_name):
         "machine_copy_gb_s": copy, **extra, "threads": torch.get_num_threads()}.items()}), flush=True)
 
 
+# --- rows of real, unequal lengths --------------------------------------------------------------------------
+
+# HH-RLHF's helpful-base, https://huggingface.co/datasets/Anthropic/hh-rlhf, is not part of this project
+PREFERENCES = ("helpful-base.test.jsonl.gz", "../shared/data/hh-rlhf/helpful-base.test.jsonl.gz")
+
+
+def bench_ragged(name, pairs=128, batch=8, cut=512):
+    """GPT-2 124M, bfloat16: one pass over the file's first pairs, which lose their beginning beyond 512
+    tokens, in batches of 8 pairs, or of 8 chosen dialogues. Print one JSON line."""
+    found = [path for path in PREFERENCES if Path(path).exists()]
+    require(found, f"{PREFERENCES[0]}: not here. Get it from https://huggingface.co/datasets/Anthropic/hh-rlhf")
+    encode, rows = Tokenizer("gpt2").encode, []
+    for line in gzip.open(found[0], "rt", encoding="utf-8"):
+        pair = [encode(json.loads(line)[side]) for side in ("chosen", "rejected")]
+        beyond = max(0, max(map(len, pair)) - cut)
+        rows += [tuple(ids[beyond:] for ids in pair)] * (pair[0] != pair[1] and len(rows) < pairs)
+    is_reward = name == "ragged-reward"
+    net = (Scorer if is_reward else GPT)(GPTConfig(*SIZES["gpt2"], "gpt2")).initialize(rng(0)).bfloat16()
+    real = sum(len(ids) for pair in rows for ids in pair[:1 + is_reward])
+    lengths = tuple(reward.tokens_of_pair(pair) if is_reward else len(pair[0]) for pair in rows)
+    adam = OffloadedAdamW(net.parameters(), 1e-5)
+
+    def step(members):
+        if is_reward:
+            reward.learn(net, [rows[i] for i in members], reward.Config(batch=batch))
+        else:  # every token is a target, as a text's are
+            examples = [(rows[i][0][:-1], rows[i][0][1:]) for i in members]
+            sft.learn(net, examples, real / len(rows) * batch, sft.Config(batch=batch), torch.device("cpu"))
+        adam.step(1e-5, 1.0)
+    # sorted, as the 50 batches are that batches() forms together where there are enough rows
+    order = torch.tensor(lengths).argsort().split(batch)
+    order = [order[i].tolist() for i in torch.randperm(len(order), generator=rng(0))]
+    step(order[0])  # warm-up
+    start = time.perf_counter()
+    for members in order:
+        step(members)
+    seconds, (gflops, copy) = time.perf_counter() - start, machine_rates(torch.bfloat16)
+    print(json.dumps({"work": name, **{key: round(x, 3) for key, x in {
+        "per_s": len(rows) / seconds, "real_tokens_per_s": real / seconds, "seconds": seconds,
+        "machine_gflops": gflops, "machine_copy_gb_s": copy}.items()}}), flush=True)
+
+
+def bench_generate_same(n=16, prompt=400, new=112):
+    """n replies to one prompt, GPT-2 124M, bfloat16. Print one JSON line."""
+    net = GPT(GPTConfig(*SIZES["gpt2"], "gpt2")).initialize(rng(0)).bfloat16()
+    row = torch.randint(50000, (prompt,)).tolist()
+    seconds = median_seconds(lambda: generate(net, [row] * n, new, -1, generator=rng(0)), 1, 3)
+    gflops, copy = machine_rates(torch.bfloat16)
+    print(json.dumps({"work": "generate-same", **{key: round(x, 3) for key, x in {
+        "per_s": n * new / seconds, "seconds": seconds, "machine_gflops": gflops,
+        "machine_copy_gb_s": copy}.items()}}), flush=True)
+
+
 # --- what the memory tricks cost ----------------------------------------------------------------------------
 
 TRICKS = {"float32": {"dtype": "float32"}, "float32, checkpoint": {"dtype": "float32", "checkpoint": True},
@@ -224,13 +280,17 @@ def main(names):
     if names == ["fit"]:
         return fit()
     if names[:1] == ["run"]:
-        return {f.__name__: f for f in (bench_workload, bench_trick, bench_adamw)}[names[1]](*names[2:])
+        functions = bench_workload, bench_ragged, bench_generate_same, bench_trick, bench_adamw
+        return {f.__name__: f for f in functions}[names[1]](*names[2:])
     jobs = [("bench_trick", name) for name in TRICKS] + [("bench_adamw",)]
     if names != ["tricks"]:
+        known = {"ragged-reward": [("bench_ragged", "ragged-reward")],
+                 "ragged-sft": [("bench_ragged", "ragged-sft")], "generate-same": [("bench_generate_same",)],
+                 **{name: [("bench_workload", name, size, dtype) for size in sizes
+                           for dtype in ("float32", "bfloat16")] for name, sizes in WORKLOADS.items()}}
         for name in names:
-            require(name in WORKLOADS, f"{name}: unknown. Choose from tricks, fit, {', '.join(WORKLOADS)}.")
-        jobs = [("bench_workload", name, size, dtype) for name in names or WORKLOADS
-                for size in WORKLOADS[name] for dtype in ("float32", "bfloat16")]
+            require(name in known, f"{name}: unknown. Choose from tricks, fit, {', '.join(known)}.")
+        jobs = [job for name in names or WORKLOADS for job in known[name]]
     for job in jobs:
         subprocess.run([sys.executable, __file__, "run", *job], check=True)
 
