@@ -1141,6 +1141,7 @@ def test_logits_equal_those_of_transformers(tmp_path):
             wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.3 + i * 0.7)
             tensors[name] = (wave + ("ln_" in name and name.endswith("weight"))).float().view(p.shape)
         hub.write_safetensors(path, tensors)
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # data begin at a multiple of 8 bytes
         net = m.load_model(path.parent, cls)
         out = net.logits(net(ids))[0, -1, :6] if cls is GPT else net.scores([ids.tolist()])
         close(out, golden, 2e-5)
@@ -1686,7 +1687,7 @@ def test_gold_counts_replies_that_match_in_full_and_end():
 def test_health_signs_are_named():
     healthy = dict(ratio_first=1.0, eos_rate=0.9, entropy=1.0, kl=2.0)
     assert not list(ppo.health_warnings(healthy, torch.float32))
-    for name, value, word in (("ratio_first", 1.1, "ratio"), ("kl", -2.0, "below 0"), ("kl", 99.0, "KL"),
+    for name, value, word in (("ratio_first", 1.1, "ratio"), ("kl", -2.0, "below 0"), ("kl", 30.5, "KL"),
                               ("eos_rate", 0.0, "ended"), ("entropy", 0.0, "entropy")):
         [complaint] = ppo.health_warnings(healthy | {name: value}, torch.float32)
         assert word in complaint
@@ -2031,6 +2032,9 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
     samples = lambda text: len(re.findall(r"^    '.*' -> '", text, re.M))
     assert samples(run(sft, tmp_path, steps=5, eval_every=2)[1]) == 2 * 4 + 8
+    for stage, key in ((sft, "val_loss"), (reward, "val_accuracy")):  # the last step's is the summary's
+        run(stage, tmp_path, steps=4, eval_every=2)
+        assert [row["step"] for row in log(tmp_path / "out" / stage.__name__) if key in row] == [2, 4]
     (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(9000)))
     text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
     assert samples(text) == 8 and "Line " in text  # continuations of what was held out
@@ -2260,6 +2264,20 @@ def test_a_folder_knows_what_it_is(tmp_path):
         refuses(lambda: run(stage, tmp_path, init=scorer, out=other), "out/reward: a reward model",
                 "a language model is needed")
     refuses(lambda: m.main(m.Config(model=scorer, prompt="Hi", device="cpu")), "out/reward: a reward model")
+
+def test_without_a_reward_model_the_critic_starts_from_stage_1_and_predicts_0(tmp_path):
+    run(sft, tmp_path)
+    models, _ = ppo.load_models(small(ppo, tmp_path, reward="check"), CPU, torch.float32)
+    assert models.reward_model is None and not models.critic.score.weight.any()
+    for name, p in models.actor.state_dict().items():
+        assert torch.equal(p, models.critic.state_dict()[name])
+
+def test_a_reply_may_hold_token_0():
+    models = ppo.Models(tiny(), tiny(), tiny(Scorer), tiny(Scorer))
+    cfg = ppo.Config(batch=2, minibatch=2, max_new_tokens=4)
+    with mock.patch.object(ppo, "generate", lambda *_, **__: [[0, 5, TINY.end], [0, TINY.end]]):
+        batch, _, _ = ppo.rollout(0, [{"ids": [7, 8]}, {"ids": [9]}], models, TINY, cfg, 0.05)
+    assert batch["mask"].sum(1).tolist() == [3, 2] and batch["logprobs"].count_nonzero() == 5
 
 def test_what_a_run_needs_at_its_end_is_checked_at_its_start(tmp_path):
     run(sft, tmp_path)
