@@ -1315,6 +1315,19 @@ def test_every_format_becomes_our_rows(tmp_path):
             expected |= {"sft": [{"messages": want}], "prompts": [{"prompt": want[:-1]}]}
         assert convert(tmp_path, record)[0] == expected, name
 
+def test_lists_that_do_not_repeat_the_prompt_column_have_a_prompt_of_their_own():
+    [(_, row)] = [x for x in prepare.convert({"prompt": "How?", "chosen": TALK, "rejected": [*Q, assistant(B)]})
+                  if x[0] == "preferences"]
+    assert row["prompt"] == Q
+    talk = {"prompt": "How?", "completion": [{"role": "assistant", "content": [{"type": "text", "text": A}]}]}
+    [(_, row)] = [x for x in prepare.convert(talk) if x[0] == "sft"]
+    assert row["messages"][-1] == assistant(A)
+
+def test_no_row_of_a_book_is_longer_than_twice_the_size(tmp_path):
+    (tmp_path / "book.txt").write_text("word " * 5000)  # no blank line
+    sizes = [len(row["text"]) for _, row in prepare.text_chunks(tmp_path / "book.txt", 500)]
+    assert sum(sizes) == 25000 and max(sizes) == 1000
+
 def test_json_jsonl_and_txt_plain_and_zipped_say_the_same(tmp_path):
     want = {"sft": [{"messages": TALK}], "preferences": [], "prompts": [{"prompt": Q}]}
     for name in ("in.json", "in.jsonl", "in.json.gz", "in.jsonl.gz"):
