@@ -417,7 +417,7 @@ def lookup(weight, idx):
     return F.embedding(idx.to(weight.device), weight).to(idx.device)
 
 
-MM_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # from torch 2.8 on: products of 16-bit matrices in 32 bits
+MM_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: products of 16-bit matrices in 32 bits
 
 
 def mean_row(weight, device):

@@ -192,9 +192,9 @@ class GPT(nn.Module):
         with memory_tag("logits"):
             if self.prepacked is not None:
                 return packed_linear(hidden, self.prepacked).float()
-            # of a streamed model 8,192 rows come at a time
-            chunks = vocab_chunks(self.wte.weight, 8192 if self.streamed_blocks else self.cfg.vocab_size, self.device)
-            out = torch.cat([logits_of(hidden.flatten(0, -2), w) for _, w in chunks], -1)
+            chunk = 8192 if self.streamed_blocks else self.cfg.vocab_size  # rows that come at a time
+            out = torch.cat([logits_of(hidden.flatten(0, -2), w)
+                             for _, w in vocab_chunks(self.wte.weight, chunk, self.device)], -1)
             return out.view(*hidden.shape[:-1], -1)
 
     @property
@@ -337,8 +337,9 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.wpe.weight)
     ends = torch.arange(len(which)), torch.tensor([len(p) - 1 for p in which])
     hidden = model(idx, cache, tuple(x.to(device) for x in ends))[prompt]  # (B, C)
-    # what is needed to decide who goes on is on the host, too, so that it waits for the device once a token
-    rows, replies = list(range(len(prompts))), [[] for _ in prompts]  # rows: whose reply each row of the cache is
+    # Who goes on is decided on the host, so that it waits for the device once a token. rows: whose reply each
+    # row of the cache is
+    rows, replies = list(range(len(prompts))), [[] for _ in prompts]
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
     with prepacked(model, len(prompts)):
         for step in range(max_new_tokens):

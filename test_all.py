@@ -1072,7 +1072,8 @@ def test_a_branch_does_not_see_its_sisters_and_a_group_may_have_many():
 
 def test_logits_far_from_zero_are_as_exact_in_bfloat16_as_those_near_it():
     # GPT-2's own lie near -100, where bfloat16 has steps of 0.5
-    noise, hidden = torch.randn(1000, 256, generator=rng(0)) * 0.3, torch.randn(64, 256, generator=rng(1)) + 0.5
+    noise = torch.randn(1000, 256, generator=rng(0)) * 0.3
+    hidden = torch.randn(64, 256, generator=rng(1)) + 0.5
     moved = hidden + 0.01 * torch.randn(hidden.shape, generator=rng(2))
     errors, ratios, wrong = [], [], []
     for offset in (0.0, -100 / (256 * 0.5)):
@@ -1316,8 +1317,8 @@ def test_every_format_becomes_our_rows(tmp_path):
         assert convert(tmp_path, record)[0] == expected, name
 
 def test_lists_that_do_not_repeat_the_prompt_column_have_a_prompt_of_their_own():
-    [(_, row)] = [x for x in prepare.convert({"prompt": "How?", "chosen": TALK, "rejected": [*Q, assistant(B)]})
-                  if x[0] == "preferences"]
+    pair = {"prompt": "How?", "chosen": TALK, "rejected": [*Q, assistant(B)]}
+    [(_, row)] = [x for x in prepare.convert(pair) if x[0] == "preferences"]
     assert row["prompt"] == Q
     talk = {"prompt": "How?", "completion": [{"role": "assistant", "content": [{"type": "text", "text": A}]}]}
     [(_, row)] = [x for x in prepare.convert(talk) if x[0] == "sft"]
@@ -1552,7 +1553,7 @@ def test_calibration_and_ceiling_of_known_cases():
     assert table["a"] == (4, 1.0, 0.5)
     close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
     assert reward.accuracy_table([{}], torch.ones(1))["all"][2] is None
-    assert reward.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)  # nobody knows
+    assert reward.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
 
 def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
     run_all(tmp_path)
@@ -2017,7 +2018,8 @@ def test_the_evaluation_reports_known_replies_and_scores():
         assert (new, end, temperature) == (7, TINY.end, 0.5)
         assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
         return after if net is actor else before if len(prompts) == 4 else tries * 4
-    reward_model = mock.Mock(scores=lambda groups: torch.tensor([value[r[2]] for rows in groups for r in rows]))
+    reward_model = mock.Mock(
+        scores=lambda groups: torch.tensor([value[row[2]] for rows in groups for row in rows]))
     cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
     with mock.patch.object(ppo, "generate_many", speak):
         result, text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)

@@ -44,6 +44,7 @@ def branching(groups, device):
         positions.append([*range(n), *chain(*(range(n, n + len(rest)) for rest in rests))])
         branch.append([0] * n + [k for k, rest in enumerate(rests, 1) for _ in rest])
         ends = accumulate(map(len, rests), initial=n - 1)
+        # (a row that is all common ends there)
         at += [(i, end if rest else n - 1) for end, rest in zip(islice(ends, 1, None), rests)]
     rows = [row for rows in groups for row in rows]
     if max(map(len, idx)) * len(idx) > 0.9 * max(map(len, rows)) * len(rows):

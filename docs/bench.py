@@ -152,7 +152,8 @@ def bench_ragged(name, pairs=128, batch=8, cut=512):
     """GPT-2 124M, bfloat16: one pass over the file's first pairs, which lose their beginning beyond 512
     tokens, in batches of 8 pairs, or of 8 chosen dialogues. Print one JSON line."""
     found = [path for path in PREFERENCES if Path(path).exists()]
-    require(found, f"{PREFERENCES[0]}: not here. Get it from https://huggingface.co/datasets/Anthropic/hh-rlhf")
+    require(found, f"{PREFERENCES[0]}: not here. It is a part of "
+                   "https://huggingface.co/datasets/Anthropic/hh-rlhf")
     encode, rows = Tokenizer("gpt2").encode, []
     for line in gzip.open(found[0], "rt", encoding="utf-8"):
         pair = [encode(json.loads(line)[side]) for side in ("chosen", "rejected")]
