@@ -1064,6 +1064,22 @@ def test_rows_that_branch_score_as_rows_of_their_own():
         for a, b in zip(*grads):
             close(a, b, 1e-6 * max(1, b.abs().max().item()))
 
+def test_rows_that_branch_learn_the_same_with_every_offload():
+    pairs, grads = branching_cases(), []
+    for changes in ({}, {"microbatch": 1}, {"offload": "optimizer"}, {"offload": "all"}):
+        for split in (False, True):
+            cfg = reward.Config(batch=len(pairs), **changes)
+            net = m.setup_training(tiny(Scorer), cfg, CPU)
+            adam = m.make_optimizer(net, cfg)
+            alone = lambda groups, device: {"idx": pad([row for rows in groups for row in rows]), "at": (
+                torch.arange(2 * len(groups)), torch.tensor([len(row) - 1 for rows in groups for row in rows]))}
+            with mock.patch.object(m, "branching", alone if split else batches.branching):
+                reward.learn(net, pairs, cfg)
+            grads.append([master.grad for master in adam.masters])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            close(a, b, 1e-6 * max(1, b.abs().max().item()))
+
 def test_a_branch_does_not_see_its_sisters_and_a_group_may_have_many():
     ids = random_ids(1, 60).flatten().tolist()
     rows = [ids[:16] + ids[16 + 4 * i:20 + 4 * i] for i in range(9)]
