@@ -1128,6 +1128,12 @@ def test_equal_prompts_are_read_once_and_the_device_is_asked_once_a_token():
     assert together == alone and rows[0] == 2 and rows[1] <= 6
     assert len(waits) == max(map(len, together))
 
+def test_a_dry_run_counts_what_a_step_keeps_for_backward(tmp_path):
+    for stage in (sft, reward):
+        a, b = (quiet(stage.main, small(stage, tmp_path, init="scratch", batch=batch, dry_run=True))[0]
+                ["phases"]["update"]["owners"]["activations"] for batch in (4, 8))
+        assert b > 1.8 * a
+
 def test_rows_that_branch_take_less_memory():
     peaks, prompt = [], list(range(200))
     for pair in ((prompt + [1] * 56, prompt + [2] * 56), ([1] * 256, [2] * 256)):
@@ -1341,9 +1347,9 @@ def test_lists_that_do_not_repeat_the_prompt_column_have_a_prompt_of_their_own()
     assert row["messages"][-1] == assistant(A)
 
 def test_no_row_of_a_book_is_longer_than_twice_the_size(tmp_path):
-    (tmp_path / "book.txt").write_text("word " * 5000)  # no blank line
+    (tmp_path / "book.txt").write_text(("x" * 299 + "\n") * 50)  # no blank line
     sizes = [len(row["text"]) for _, row in prepare.text_chunks(tmp_path / "book.txt", 500)]
-    assert sum(sizes) == 25000 and max(sizes) == 1000
+    assert sum(sizes) == 15000 and max(sizes) == 1000
 
 def test_json_jsonl_and_txt_plain_and_zipped_say_the_same(tmp_path):
     want = {"sft": [{"messages": TALK}], "preferences": [], "prompts": [{"prompt": Q}]}
