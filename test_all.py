@@ -1062,7 +1062,7 @@ def test_rows_that_branch_score_as_rows_of_their_own():
             (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
             grads.append([scores.detach(), *(p.grad for p in net.parameters())])
         for a, b in zip(*grads):
-            close(a, b, 1e-6 * max(1, b.abs().max().item()))
+            close(a, b, 3e-6 * max(1, b.abs().max().item()))
 
 def test_rows_that_branch_learn_the_same_with_every_offload():
     pairs, grads = branching_cases(), []
@@ -1078,7 +1078,7 @@ def test_rows_that_branch_learn_the_same_with_every_offload():
             grads.append([master.grad for master in adam.masters])
     for other in grads[1:]:
         for a, b in zip(grads[0], other):
-            close(a, b, 1e-6 * max(1, b.abs().max().item()))
+            close(a, b, 3e-6 * max(1, b.abs().max().item()))
 
 def test_a_branch_does_not_see_its_sisters_and_a_group_may_have_many():
     ids = random_ids(1, 60).flatten().tolist()
