@@ -1772,7 +1772,7 @@ def test_reward_check_needs_no_reward_model_and_learns(tmp_path):
 
 def test_trace_prints_a_rollout_token_by_token(tmp_path):
     run_all(tmp_path)
-    _, text = run(ppo, tmp_path, trace=True, steps=5, batch=1, minibatch=1, eval_every=2)
+    _, text = run(ppo, tmp_path, trace=True, steps=4, batch=1, minibatch=1, eval_every=2)
     assert text.count("advantage") == text.count("paid on the last token") == 3  # the first, 2nd and 4th
     assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
 
