@@ -409,13 +409,13 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
     def measure(pairs, _):  # (row, reply) -> (score, KL)
         rows, replies = zip(*pairs)
         scores = score_replies(reward_model, rows, replies, tokenizer)
-        kl = torch.zeros_like(scores)
+        kl = torch.zeros(len(rows))
         if model is not reference:
             batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
             logprobs, ref_logprobs = (policy_logprobs(net, batch, cfg.temperature)[0]
                                       for net in (model, reference))
             kl = (logprobs - ref_logprobs).sum(1)
-        return torch.stack([scores, kl], 1).tolist()
+        return [*zip(scores.tolist(), kl.tolist())]
     measured = map_by_length(measure, list(zip(rows, replies)), microbatch_size(cfg),
                              length=lambda pair: (len(pair[0]["ids"]), pair[0]["ids"], len(pair[1])))
     scores, kl = torch.tensor([*zip(*measured)])
