@@ -1074,7 +1074,8 @@ def test_rows_that_branch_learn_the_same_with_every_offload():
             adam = m.make_optimizer(net, cfg)
             def alone(groups, device):
                 rows = [row for rows in groups for row in rows]
-                return {"idx": pad(rows), "at": (torch.arange(len(rows)), torch.tensor([*map(len, rows)]) - 1)}
+                at = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
+                return {"idx": pad(rows), "at": tuple(at.T)}
             with mock.patch.object(m, "branching", alone if split else batches.branching):
                 reward.learn(net, pairs, cfg)
             grads.append([master.grad for master in adam.masters])
