@@ -456,8 +456,12 @@ class _TokenLogprobs(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, with_entropy):  # (M, C), (V, C), (M,)
-        rows = (targets >= 0).nonzero().squeeze(1)  # (N,): rows without a target cost nothing
-        h, t = hidden[rows], targets[rows, None]  # (N, C), (N, 1)
+        rows = (targets >= 0).nonzero().squeeze(1)  # rows without a target cost nothing
+        # a few others make their number N a multiple of 64: a CPU plans each new shape of a product for
+        # longer than it computes it
+        spare = (targets < 0).nonzero().squeeze(1)[:-len(rows) % 64]
+        rows = torch.cat([rows, spare])  # (N,)
+        h, t = hidden[rows], targets[rows, None].clamp(min=0)  # (N, C), (N, 1)
         target_logit = torch.zeros(len(rows), dtype=torch.float32, device=hidden.device)
         log_z, mean_logit = [], []  # of each chunk, (N,)
         for start, w in vocab_chunks(weight, chunk, hidden.device):  # w (c, C)
@@ -477,18 +481,21 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(logprobs)
         logprobs[rows] = target_logit - logsumexp
+        logprobs[spare] = 0
         if with_entropy:
             share = (torch.stack(log_z) - logsumexp).exp()  # (chunks, N)
             entropy[rows] = logsumexp - (share * torch.stack(mean_logit)).sum(0)
+            entropy[spare] = 0
         ctx.save_for_backward(h, t, rows, logsumexp)
-        ctx.weight, ctx.chunk, ctx.shape = weight, chunk, hidden.shape
+        ctx.spare, ctx.weight, ctx.chunk, ctx.shape = len(spare), weight, chunk, hidden.shape
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        (h, t, rows, logsumexp), weight = ctx.saved_tensors, ctx.weight
+        (h, t, rows, logsumexp), weight, spare = ctx.saved_tensors, ctx.weight, ctx.spare
         g, grad_h = grad[rows, None], torch.zeros_like(h, dtype=torch.float32)  # (N, 1), (N, C)
+        g[len(rows) - spare:] = 0
         accumulate, grad_weight = getattr(weight, "accumulate_grad", None), None
         if ctx.needs_input_grad[1] and not accumulate:
             grad_weight = torch.empty_like(weight)  # (V, C); with OffloadedAdamW it never exists

@@ -339,7 +339,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     hidden = model(idx, cache, tuple(x.to(device) for x in ends))[prompt]  # (B, C)
     # Who goes on is decided on the host, so that it waits for the device once a token. rows: whose reply each
     # row of the cache is
-    rows, replies = list(range(len(prompts))), [[] for _ in prompts]
+    rows, replies, ended = list(range(len(prompts))), [[] for _ in prompts], set()
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
     with prepacked(model, len(prompts)):
         for step in range(max_new_tokens):
@@ -348,17 +348,21 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
                 token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
             tokens = token.tolist()  # the wait
             for row, t in zip(rows, tokens):
-                replies[row].append(t)
-                if on_token:
-                    on_token(row, t)
-            # 3. rows that have ended leave the batch
-            alive = [i for i, t in enumerate(tokens) if t != end]
-            if step + 1 == max_new_tokens or not alive:
+                if row not in ended:
+                    replies[row].append(t)
+                    if on_token:
+                        on_token(row, t)
+                    if t == end:
+                        ended.add(row)
+            if step + 1 == max_new_tokens or len(ended) == len(prompts):
                 break
-            if len(alive) < len(rows):
-                rows, alive = [rows[i] for i in alive], torch.tensor(alive).to(device)
-                token, lengths, u = token[alive], lengths[alive], u[alive]
-                cache.keep(alive)
+            # 3. rows that have ended leave the batch, in eights: with few different shapes a CPU plans little
+            kept = sorted(range(len(rows)), key=lambda i: rows[i] in ended)  # those that go on first
+            kept = kept[:math.ceil((len(prompts) - len(ended)) / 8) * 8]
+            if len(kept) < len(rows):
+                rows, kept = [rows[i] for i in sorted(kept)], torch.tensor(sorted(kept)).to(device)
+                token, lengths, u = token[kept], lengths[kept], u[kept]
+                cache.keep(kept)
             # 4. the tokens go in, each at its row's next position
             cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
             hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
@@ -406,14 +410,14 @@ def report_slow_check(check, prompt):
           "do not pass. Rewrite the check without nested repetition.", file=sys.stderr)
 
 
-def passes_check(row, text):
-    """Does the reply match the row's check, a regular expression, in full? Training uses it only in
-    ppo.py --reward=check."""
+def passes_check(row, text, name="check"):
+    """Does the reply match the row's `name`, a regular expression, in full? Training uses "check" in
+    ppo.py --reward=check only, and "right" never."""
     try:
         with time_limit(1):  # some expressions try exponentially many ways to match
-            return re.fullmatch(row["check"], text) is not None
+            return re.fullmatch(row[name], text) is not None
     except TimeoutError:
-        report_slow_check(row["check"], row["prompt"][-1]["content"])
+        report_slow_check(row[name], row["prompt"][-1]["content"])
         return False
 
 
@@ -423,14 +427,13 @@ def passes(row, reply, tokenizer):
     return whole and passes_check(row, tokenizer.decode(reply))
 
 
-def gold_score(model, tokenizer, rows, max_new_tokens, seed, batch):
-    """The share of sampled replies to `rows` that pass their check; None where no row has one."""
-    rows = [row for row in rows if "check" in row]
-    if not rows:
-        return None
-    prompts = [tokenizer.prompt(row["prompt"], model.cfg.n_positions - max_new_tokens) for row in rows]
-    replies = generate_many(model, prompts, max_new_tokens, tokenizer.end, seed, batch)
-    return sum(passes(row, reply, tokenizer) for row, reply in zip(rows, replies)) / len(rows)
+def yardsticks(rows, replies, tokenizer):
+    """Replies, lists of ids -> {"right": the share that gives a right answer somewhere, "gold": the share
+    that is good}, of the rows that have "right" and "check"; None where none has."""
+    right = [passes_check(row, tokenizer.decode(reply), "right") for row, reply in zip(rows, replies)
+             if "right" in row]
+    good = [passes(row, reply, tokenizer) for row, reply in zip(rows, replies) if "check" in row]
+    return {name: sum(x) / len(x) if x else None for name, x in (("right", right), ("gold", good))}
 
 
 # --- loading, saving, and what of a model is trained --------------------------------------------------------
@@ -556,6 +559,14 @@ class Config:
     dtype: str = "auto"
 
 
+def last_exchanges(messages, tokenizer, room):
+    """The dialogue without its oldest exchanges, as many as it takes to fit `room` tokens. Of a last one that
+    is too long alone, Tokenizer.prompt() keeps the end."""
+    while len(messages) > 2 and len(tokenizer.render(messages)[0]) >= room:
+        messages = messages[2:]
+    return messages
+
+
 def reply(model, tokenizer, messages, cfg, generator):
     """Streams the assistant's next turn to the terminal and returns its text. Ctrl-C ends it."""
     new, said = cfg.max_new_tokens or model.cfg.n_positions // 2, []
@@ -564,7 +575,7 @@ def reply(model, tokenizer, messages, cfg, generator):
     def show(_, token):
         said.append(token)
         print(decoder.decode(tokenizer.bytes([token])), end="", flush=True)
-    prompt = tokenizer.prompt(messages, model.cfg.n_positions - new)  # a full context loses its oldest part
+    prompt = tokenizer.prompt(messages, model.cfg.n_positions - new)
     try:
         generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator,
                  on_token=show)
@@ -577,7 +588,9 @@ def reply(model, tokenizer, messages, cfg, generator):
 @torch.no_grad()
 def score_dialogue(reward_model, tokenizer, messages):
     """The reward model's score of a dialogue's last turn."""
-    return reward_model.scores([[tokenizer.render(messages)[0][-reward_model.cfg.n_positions:]]]).item()
+    room = reward_model.cfg.n_positions
+    ids, _ = tokenizer.render(last_exchanges(messages, tokenizer, room))
+    return reward_model.scores([[ids[-room:]]]).item()
 
 
 def main(cfg):
@@ -593,14 +606,21 @@ def main(cfg):
             f"--max_new_tokens={cfg.max_new_tokens}: the context has "
             f"{min(net.cfg.n_positions for net in models)} positions.")
     tokenizer, generator, dialogues = Tokenizer(names.pop()), rng(cfg.seed), [[] for _ in models]
+    forgetful = set()  # folders whose model has been said to forget
 
     def answer(text):
         text = text.encode(errors="replace").decode()  # bytes that are no character arrive as half ones
         for folder, net, messages in zip(folders, models, dialogues):
             messages.append({"role": "user", "content": text})
+            room = net.cfg.n_positions - (cfg.max_new_tokens or net.cfg.n_positions // 2)
+            seen = last_exchanges(messages, tokenizer, room)
+            if len(seen) < len(messages) and folder not in forgetful:
+                forgetful.add(folder)
+                print(f"(The dialogue has outgrown the {room} tokens that {folder} can look back on: from now "
+                      "on it forgets the oldest exchanges.)")
             if len(models) > 1:
                 print(f"{folder}: ", end="")
-            messages.append({"role": "assistant", "content": reply(net, tokenizer, messages, cfg, generator)})
+            messages.append({"role": "assistant", "content": reply(net, tokenizer, seen, cfg, generator)})
             if reward_model:
                 print(f"    (score {score_dialogue(reward_model, tokenizer, messages):+.2f})")
         return dialogues[0][-1]["content"]

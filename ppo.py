@@ -27,7 +27,7 @@ from data.run import Run, check_flags, memory_gb, parse_flags, pick_device, requ
 from data.tokenizer import count_targets, encode_demonstration
 from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, token_logprobs, unsharded
 from model import (GPT, Scorer, exported, frozen_copy, generate, generate_many, load_model, make_model,
-                   make_optimizer, negative_log_likelihood, passes, setup_training)
+                   make_optimizer, negative_log_likelihood, passes, setup_training, yardsticks)
 
 
 @dataclass(slots=True)
@@ -43,19 +43,19 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 110            # rollouts, each followed by `epochs` passes over it
+    steps: int = 105            # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 32         # replies per gradient step; must divide `batch`
-    microbatch: int = 0         # replies at once, 0: a minibatch; changes memory, not the gradient
-    epochs: int = 2
+    microbatch: int = 0         # replies at once, 0: a minibatch or less; changes memory, not the gradient
+    epochs: int = 1
     max_new_tokens: int = 48    # of a reply
-    block_size: int = 128       # tokens of prompt and reply together; longer prompts lose their beginning
-    temperature: float = 0.8    # of the policy: divides the logits in rollout, reference and update alike
-    lr: float = 2e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
+    block_size: int = 256       # tokens of prompt and reply together; longer prompts lose their beginning
+    temperature: float = 0.7    # of the policy: divides the logits in rollout, reference and update alike
+    lr: float = 4e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each
-    kl_coef: float = 0.05       # score that a nat of KL from stage 1 costs
+    kl_coef: float = 0.1        # score that a nat of KL from stage 1 costs
     kl_target: float = 0.0      # nats per reply; above 0 kl_coef adapts to hold it
     kl_horizon: int = 1000      # replies in which it can change by a fifth (Ziegler et al.: 10,000)
     gamma: float = 1.0          # discount per token
@@ -185,8 +185,13 @@ def slice_batch(batch, rows):
     return {name: t[rows] if t.dim() == 1 else t[rows, :T] for name, t in batch.items() if name != "lengths"}
 
 
-def microbatch_size(cfg):
-    return cfg.microbatch or cfg.minibatch // WORLD
+def microbatch_size(cfg, lengths=None):
+    """Rows at once: cfg.microbatch. If that is 0, a process's part of a minibatch, or a quarter of it where a
+    rollout's rows, of `lengths` (B,), differ so much in length that this saves a quarter of the work."""
+    n = cfg.minibatch // WORLD
+    computed = lambda n: sum(n * int(part.max()) for part in lengths.sort().values.split(n))
+    quarter = lengths is not None and n % 4 == 0 and computed(n // 4) < 0.75 * computed(n)
+    return cfg.microbatch or (n // 4 if quarter else n)
 
 
 def map_microbatches(function, batch, size):
@@ -223,8 +228,12 @@ def sample_replies(step, prompts, actor, tokenizer, cfg):
     """Lists of ids -> lists of ids. Each process answers its share, all of them get all replies."""
     # u chooses the tokens, see sample(). Drawn here it is the same for any number of processes.
     u = torch.rand(len(prompts), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
-    answer = lambda rank: generate(actor, prompts[rank::WORLD], cfg.max_new_tokens, tokenizer.end,
-                                   cfg.temperature, u=u[rank::WORLD])
+
+    def answer(rank):
+        mine, my_u, n = prompts[rank::WORLD], u[rank::WORLD], cfg.minibatch
+        return [reply for i in range(0, len(mine), n)  # a minibatch at a time: short prompts beside short ones
+                for reply in generate(actor, mine[i:i + n], cfg.max_new_tokens, tokenizer.end, cfg.temperature,
+                                      u=my_u[i:i + n])]
     with unsharded(actor):
         shares = distributed_map(answer, range(WORLD))
     return [shares[i % WORLD][i // WORLD] for i in range(len(prompts))]
@@ -239,12 +248,13 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     and with checkpointing or offloading, which save memory, it is None.
     """
     actor, reference, critic, reward_model = models
-    prompts, size = [row["ids"] for row in rows], microbatch_size(cfg)
+    prompts = [row["ids"] for row in rows]
     phase("rollout")
     replies = sample_replies(step, prompts, actor, tokenizer, cfg)
     phase("scoring")
     batch = as_batch(prompts, replies, tokenizer.end, actor.device)
     mask = batch["mask"] = batch["targets"] >= 0
+    size = microbatch_size(cfg, batch["lengths"])
 
     # Computed as the update does it, not taken from generation, so that the first ratio is exactly 1.
     def learning(b, _):
@@ -295,7 +305,7 @@ def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
     process's part of their means over the minibatch's reply tokens."""
     stats, n = defaultdict(float), batch["mask"][minibatch.to(batch["idx"].device)].sum()
     # The batch is sorted by length: neighbours need little padding.
-    for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg)):
+    for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg, batch["lengths"])):
         b = slice_batch(batch, part)
         if actor_learns:
             logprobs = first_pass[0] if first_pass else policy_logprobs(models.actor, b, cfg.temperature)[0]
@@ -424,13 +434,6 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
     return replies, clip_scores(scores, ended, replace(cfg, score_clip=math.inf)), kl
 
 
-def gold(rows, replies, tokenizer):
-    """The share of replies (lists of ids) that pass their check; None unless every row has one."""
-    if not all("check" in row for row in rows):
-        return None
-    return sum(passes(row, reply, tokenizer) for row, reply in zip(rows, replies)) / len(rows)
-
-
 def win_rate(ours, theirs):
     """Per-prompt results (N,) -> (rate, low, high): a tie counts as half; the interval is Wilson's (1927, of
     95 %), which stays honest for few prompts and for rates of 0 and 1."""
@@ -441,30 +444,38 @@ def win_rate(ours, theirs):
     return rate, middle - margin, middle + margin
 
 
-def evaluate(models, rows, tokenizer, cfg):
-    """Held-out prompts: stage 1, stage 1's best of n by the same reward model, and the policy. Gold where
-    there are checks; who wins is decided by gold, or by the learned score where there is none."""
+def evaluate(models, sets, tokenizer, cfg):
+    """{set: held-out rows} -> (summary of the first set, {set: its yardsticks}): stage 1, its best of n by the
+    same reward model, and the policy. Who wins is decided by the checks, or by the learned score where a row
+    has none."""
     answers = lambda model, rows, seed: evaluate_policy(model, models.reference, models.reward_model, rows,
                                                         tokenizer, cfg, seed)
-    before, before_scores, _ = answers(models.reference, rows, cfg.seed + 1)
-    after, after_scores, kl = answers(models.actor, rows, cfg.seed + 2)
+    named = lambda rows, replies, suffix: {f"{name}_{suffix}": share for name, share
+                                           in yardsticks(rows, replies, tokenizer).items()}
+    table = {}
+    for name, rows in reversed(sets.items()):  # the first set comes last, and is looked into below
+        before, before_scores, _ = answers(models.reference, rows, cfg.seed + 1)
+        after, after_scores, kl = answers(models.actor, rows, cfg.seed + 2)
+        table[name] = named(rows, before, "before") | named(rows, after, "after")
     n = cfg.best_of_n
     many, many_scores, _ = answers(models.reference, [row for row in rows for _ in range(n)], cfg.seed + 3)
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
     passed = lambda replies: torch.tensor([float(passes(*pair, tokenizer)) for pair in zip(rows, replies)])
-    has_gold = gold(rows, before, tokenizer) is not None
-    rate, low, high = win_rate(*(map(passed, (after, before)) if has_gold else (after_scores, before_scores)))
+    checked = all("check" in row for row in rows)
+    rate, low, high = win_rate(*(map(passed, (after, before)) if checked else (after_scores, before_scores)))
     print("held-out prompts, stage 1 -> after PPO:")
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         question = rows[i]["prompt"][-1]["content"][-200:]
         print(f"    {question!r}\n        {tokenizer.decode(before[i])!r} ({before_scores[i]:+.2f})\n"
               f"     -> {tokenizer.decode(after[i])!r} ({after_scores[i]:+.2f})")
-    golds = {name: gold(rows, replies, tokenizer) for name, replies in (
-        ("gold_before", before), ("gold_after", after), ("gold_best_of_n", best))}
-    return {**golds,
+    for which, shares in reversed(table.items()):
+        shown = (f"{key} {shares[f'{key}_before']:.2f} -> {shares[f'{key}_after']:.2f}"
+                 for key in ("right", "gold") if shares[f"{key}_before"] is not None)
+        print(f"{len(sets[which])} prompts, {which}: {', '.join(shown)}")
+    return {**table[name], **named(rows, best, "best_of_n"),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
-            "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}
+            "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}, table
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -565,13 +576,14 @@ def main(cfg):
 
             done = step + 1
             log |= rollout_statistics(batch) | {
-                "gold": gold(rows, replies, tokenizer), "kl_coef": kl_coef, "lr": lr,
+                **yardsticks(rows, replies, tokenizer), "kl_coef": kl_coef, "lr": lr,
                 "tokens_per_s": sum(map(len, replies)) / (time.time() - clock),
                 "seconds": time.time() - run.clock, "memory_gb": memory_gb(device)}
             kl_coef = update_kl_coef(kl_coef, log["kl"], cfg)
             if done % cfg.log_every == 0 or done == cfg.steps:
-                good = "" if log["gold"] is None else f"gold {log['gold']:.2f} | "
-                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {good}kl {log['kl']:.2f} | "
+                shares = "".join(f"{name} {log[name]:.2f} | " for name in ("right", "gold")
+                                 if log[name] is not None)
+                say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {shares}kl {log['kl']:.2f} | "
                     f"entropy {log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | "
                     f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | "
                     f"length {log['response_length']:.1f} | {log['tokens_per_s']:,.0f} tok/s | "
@@ -587,7 +599,11 @@ def main(cfg):
             if run.save_due(done):
                 run.save(done, *exported(models.actor), **optimizers, kl_coef=kl_coef)
 
-    summary = evaluate(models, val[:cfg.eval_prompts], tokenizer, cfg) if val else {}
+    summary = {}
+    if val:
+        sets = {name: rows[:cfg.eval_prompts] for name, rows in prepare.by_set(val).items()}
+        summary, table = evaluate(models, sets, tokenizer, cfg)
+        run.log(step=cfg.steps, sets=table)
     return run.finish(cfg.steps, **summary)
 
 

@@ -35,12 +35,12 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 3300
+    steps: int = 2400
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
-    block_size: int = 128       # tokens of context; longer dialogues lose their beginning
-    lr: float = 5e-4            # peak; for GPT-2 124M about 1e-5
-    warmup: int = 50            # steps
+    block_size: int = 256       # tokens of context; longer dialogues lose their beginning
+    lr: float = 1e-3            # peak; for GPT-2 124M about 1e-5
+    warmup: int = 100           # steps
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
@@ -49,7 +49,7 @@ class Config:
     dry_run: bool = False       # print what a step takes in memory, for any size, without a GPU or weights
     resume: bool = False        # go on from out/state.pt
     log_every: int = 50
-    eval_every: int = 500
+    eval_every: int = 1000
     save_every: int = 500
 
 

@@ -29,6 +29,7 @@ import traceback
 import tracemalloc
 import unittest
 import weakref
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -535,7 +536,9 @@ def run_dry(stage, root, **changes):
 
 def test_the_arithmetic_of_the_docstring(tmp_path):
     weights = 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
-    owners = run_dry(ppo, tmp_path)[0]["phases"]["update"]["owners"]
+    phases = run_dry(ppo, tmp_path)[0]["phases"]
+    assert [*phases] == ["setup", "rollout", "scoring", "update"]
+    owners = phases["update"]["owners"]
     for name, per_weight in (("weights", 4 * 4), ("gradients", 2 * 4), ("optimizer", 2 * 8)):
         close(owners[name] / weights / per_weight, 1, 0.001)
     update = run_dry(sft, tmp_path, dtype="bfloat16", offload="optimizer")[0]["phases"]["update"]
@@ -1180,8 +1183,15 @@ def test_generation_ends_per_row_and_when_all_have_ended():
     free = greedy(net, prompts, 12)
     stopped, shapes = watched(net, prompts, 12, end=free[0][3])
     assert stopped == [until(free[0][3], reply) for reply in free]
-    rows = [n for n, _ in shapes]
-    assert rows == sorted(rows, reverse=True) and sum(rows[1:]) < 3 * 11  # no more work for what has ended
+    # no more work for what has ended, in eights
+    prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(19)]
+    free = greedy(net, prompts, 12)
+    end = Counter(t for reply in free for t in reply).most_common(1)[0][0]
+    stopped, shapes = watched(net, prompts, 12, end)
+    assert stopped == [until(end, reply) for reply in free]
+    going = [sum(len(reply) > step for reply in stopped) for step in range(12)]
+    assert [n for n, _ in shapes[1:]] == [min(19, math.ceil(n / 8) * 8) for n in going[1:] if n]
+    assert 8 in (n for n, _ in shapes)
     cache = m.Cache(net.cfg, torch.arange(3), 8, net.wpe.weight)
     cache.kv.copy_(torch.randn(cache.kv.shape))
     want, place = cache.kv[:, :, [0, 2]].clone(), cache.kv.data_ptr()
@@ -1255,6 +1265,29 @@ def test_the_chat_keeps_turns_resets_saves_compares_and_stops_at_ctrl_c(tmp_path
         answer, _ = quiet(m.main, dataclasses.replace(cfg, compare="", reward="", prompt="Well?"))
     assert answer == " yes"
 
+
+def test_the_chat_forgets_whole_exchanges_oldest_first_and_says_so_once(tmp_path):
+    save(tmp_path / "a", tiny())
+    save(tmp_path / "r", tiny(Scorer, n_positions=40))
+    cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=24)
+    scored, asked = [], []
+    def speak(net, prompts, *_, **__):
+        asked.append(TINY.decode(prompts[0]))
+        return []
+    typed = [*(f"{i} is a number?" for i in range(8)), EOFError]
+    with mock.patch("builtins.input", side_effect=typed), mock.patch.object(m, "generate", speak):
+        text = quiet(m.main, cfg)[1]
+    assert text.count("has outgrown the 40 tokens") == 1
+    for i, prompt in enumerate(asked):  # each begins with a whole question and holds all from there on
+        first = int(prompt[0])
+        assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 3)
+    dialogue = [user("a b c d"), assistant("e")] * 9
+    with mock.patch.object(Scorer, "scores", lambda self, groups: scored.extend(groups[0]) or torch.zeros(1)):
+        m.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
+    assert scored[0] == TINY.render(dialogue[-len(scored[0]) // 8 * 2:])[0][-len(scored[0]):]
+    assert scored[0][0] == TINY.user and 24 < len(scored[0]) <= 40
+    question = [user("x " * 99)]
+    assert m.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
 
 def test_the_chat_survives_odd_bytes_and_a_save_that_fails(tmp_path):
     save(tmp_path / "a", tiny())
@@ -1394,6 +1427,7 @@ def test_a_broken_json_file_stops_and_leaves_earlier_output(tmp_path):
     bad, out = tmp_path / "bad.json", tmp_path / "prepared"
     bad.write_text('[{"prompt": "x",\n "completion" "y"}]')
     refuses(lambda: prepare.main([bad], out), "bad.json:2", "broken JSON")
+    refuses(lambda: prepare.load(bad, "sft"), "bad.json:2", "broken JSON")
     refuses(lambda: prepare.main([tmp_path / "none"], out), "no such file")
     assert [p.suffix for p in out.iterdir()] == [".jsonl"] * 3 * 2
 
@@ -1508,12 +1542,32 @@ def test_the_bundled_set_is_what_its_generator_makes(tmp_path):
         assert path.read_bytes() == (ROOT / "data/tiny" / path.name).read_bytes(), path.name
 
 def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
-    question = lambda row: (row.get("prompt") or row["messages"][:-1])[-1]["content"]
     load = partial(prepare.load, ROOT / "data/tiny")
-    train, val = ({question(row) for rows in side for row in rows} for side in zip(*map(load, prepare.KINDS)))
-    assert not train & val
-    row = load("prompts")[1][0]
-    assert not m.passes_check(row, "I do not care.") and not m.passes_check(row, "")
+    dialogues = lambda kind, rows: [row["messages"] if kind == "sft" else row["prompt"] for row in rows]
+    asked = [{turn["content"] for kind in prepare.KINDS for turns in dialogues(kind, load(kind)[side])
+              for turn in turns if turn["role"] == "user"} for side in (0, 1)]
+    assert not asked[0] & asked[1]
+    rows = load("prompts")[1]
+    sets = prepare.by_set(rows)
+    assert {name: len(part) for name, part in sets.items()} == {
+        "held out": 600, "new facts": make.SETS["new facts"], "outside": make.SETS["outside"]}
+    for row in rows[::7]:
+        for text in ("I do not care.", "", "Sure."):
+            assert not m.passes_check(row, text) and not m.passes_check(row, text, "right")
+    row = next(row for row in sets["new facts"] if row["skill"] == "sum")
+    a, b = map(int, re.findall(r"(\d) plus (\d)", row["check"])[0])
+    for text, right, good in ((f"Sure. That makes {a + b}.", 1, 1), (f"{a + b}", 1, 0), ("Gladly. It is 99.", 0, 0),
+                              (f"Sure. That makes {a + b}. My uncle has a wooden sledge.", 1, 0),
+                              (f"Everybody knows that: {a + b}.", 1, 0), (f"Sure!! It is {a + b}!!", 1, 0),
+                              (f"{a + b} plus {b} is 99.", 0, 0)):
+        assert [m.passes_check(row, text, name) for name in ("right", "check")] == [right, good], text
+    # no way to ask for a new fact, and no question about a new thing, occurs in training
+    numbers = lambda row: sorted(re.findall(r"\d+", row["prompt"][-1]["content"]))
+    trained = [numbers(row) for row in load("prompts")[0] if row["skill"] == "sum"]
+    assert not any(numbers(row) in trained for row in sets["new facts"] if row["skill"] == "sum")
+    turns = Counter(len(row["prompt"]) // 2 + 1 for row in load("prompts")[0])
+    assert max(turns) == 5 and 0.17 < 1 - turns[1] / sum(turns.values()) < 0.23
+    assert {len(row["messages"]) // 2 for row in load("sft")[0]} == {1, 2, 3, 4, 5}
     assert all(0 <= pair["agreement"] <= 1 for pair in load("preferences")[1])
 
 
@@ -1720,8 +1774,8 @@ def test_gold_counts_replies_that_match_in_full_and_end():
     replies = [say("aa", TINY.end), say("ab", TINY.end), say("ba", TINY.end), say("aa"),
                say("a", TINY.user, TINY.end)]
     assert [m.passes(row, reply, TINY) for row, reply in zip(rows, replies)] == [True] + [False] * 4
-    assert ppo.gold(rows, replies, TINY) == 0.2
-    assert ppo.gold([*rows, {}], [*replies, replies[0]], TINY) is None  # some rows without a check
+    assert m.yardsticks(rows, replies, TINY) == {"right": None, "gold": 0.2}
+    assert m.yardsticks([*rows, {}], [*replies, replies[0]], TINY)["gold"] == 0.2  # a row without a check
 
 def test_health_signs_are_named():
     healthy = dict(ratio_first=1.0, eos_rate=0.9, entropy=1.0, kl=2.0)
@@ -2047,7 +2101,10 @@ def test_the_evaluation_reports_known_replies_and_scores():
         scores=lambda groups: torch.tensor([value[row[2]] for rows in groups for row in rows]))
     cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
     with mock.patch.object(ppo, "generate_many", speak):
-        result, text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
+        (result, table), text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
+                                      {"held out": rows}, TINY, cfg)
+    assert table == {"held out": {f"{name}_{when}": result[f"{name}_{when}"] for when in ("before", "after")
+                                  for name in ("right", "gold")}}
     kl = 0
     for row, reply in zip(rows, after):
         ids = row["ids"] + reply
@@ -2057,21 +2114,44 @@ def test_the_evaluation_reports_known_replies_and_scores():
     close(result.pop("kl"), kl, 1e-4)
     rate, low, high = ppo.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
     want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 1.0, "win_rate": rate,
+            "right_before": None, "right_after": None, "right_best_of_n": None,
             "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 1) / 4,
             "score": (2 + 1 + 2 + 2) / 4, "score_best_of_n": 2.0}
     assert result == want and rate == 0.75, result
     assert "'3?'\n        ' so' (+1.00)\n     -> ' yes' (+2.00)" in text
     del rows[0]["check"]  # without a yardstick the learned score decides
     with mock.patch.object(ppo, "generate_many", speak):
-        result, _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model), rows, TINY, cfg)
-    assert (result["gold_after"], result["win_rate"]) == (None, 0.875)  # a tie, three wins
+        (result, _), _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
+                               {"held out": rows}, TINY, cfg)
+    assert (result["gold_after"], result["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
+
+def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_same_gradients():
+    alike, ragged = torch.full((16,), 30), torch.tensor([10] * 12 + [60] * 4)
+    for lengths, cfg, want in ((None, {}, 8), (alike, {}, 8), (ragged, {}, 2), (ragged, {"microbatch": 4}, 4),
+                               (ragged, {"minibatch": 6}, 6)):
+        assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), lengths) == want
+    prompts = [{"ids": random_ids(n, seed=n).tolist()} for n in (3, 3, 4, 4, 5, 5, 40, 48)]
+    cfg, models, *_ = a_rollout(minibatch=8)
+    batch, _, first_pass = ppo.rollout(0, prompts, models, TINY, cfg, 0.05)
+    grads, shapes = [], []
+    for cfg.microbatch in (0, 8):
+        with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
+            ppo.ppo_gradients(batch, torch.randperm(8, generator=rng(0)), first_pass, models, True, cfg)
+        shapes.append([call.args[1].shape[0] for call in spy.call_args_list])
+        grads.append(torch.cat([p.grad.flatten() for net in models[::2] for p in net.parameters()
+                                if p.grad is not None]))
+        for net in models:
+            net.zero_grad()
+    assert shapes == [[2] * 8, [8] * 2] and first_pass is None
+    close(*grads, 1e-5)
 
 def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path):
     run_all(tmp_path)
     _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
     assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
     samples = lambda text: len(re.findall(r"^    '.*' -> '", text, re.M))
-    assert samples(run(sft, tmp_path, steps=5, eval_every=2)[1]) == 2 * 4 + 8
+    assert samples(run(sft, tmp_path, steps=5, eval_every=2, log_every=2)[1]) == 2 * 4 + 8
+    assert [row["step"] for row in log(tmp_path / "out/sft") if "loss" in row] == [2, 4, 5]
     for stage, key in ((sft, "val_loss"), (reward, "val_accuracy")):  # the last step's is the summary's
         run(stage, tmp_path, steps=4, eval_every=2)
         assert [row["step"] for row in log(tmp_path / "out" / stage.__name__) if key in row] == [2, 4]
@@ -2081,16 +2161,39 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     batch = ppo.as_batch([[5] * 3, [5] * 20], [[6] * 4, [7] * 9], TINY.end, CPU)
     assert [ppo.slice_batch(batch, slice(n))["idx"].shape for n in (1, 2)] == [(1, 8), (2, 32)]
 
-def test_stage_1s_gold_is_the_share_of_sampled_replies_that_pass():
-    rows = [{"prompt": [user(f"{i}?")], "check": "yes"} for i in range(3)] + [{"prompt": [user("x")]}]
-    good, bad = [*TINY.encode("yes"), TINY.end], TINY.encode("yes")
+def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
+    rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [
+        {"prompt": [user("x")], "check": "yes", "set": "new"}, {"prompt": [user("y")]}]
+    good, bad = [*TINY.encode("yes"), TINY.end], TINY.encode("oh yes")
+    asked = []
     def speak(net, prompts, new, end, seed, batch):
-        assert prompts == [TINY.prompt(row["prompt"], 40) for row in rows[:3]]
-        assert (new, seed, batch) == (24, 3, 2)
-        return [good, bad, good]
-    with mock.patch.object(m, "generate_many", speak):
-        close(m.gold_score(tiny(), TINY, rows, 24, 3, 2), 2 / 3)
-    assert m.gold_score(tiny(), TINY, rows[3:], 24, 3, 2) is None
+        asked.append(prompts)
+        assert (new, seed, batch) == (24, 3, 8)
+        return [good, bad, good][:len(prompts)]
+    cfg = sft.Config(block_size=48, seed=3, batch=2)
+    with mock.patch.object(sft, "generate_many", speak):
+        found, text = quiet(sft.evaluate_replies, tiny(), rows, TINY, cfg)
+        nothing, _ = quiet(sft.evaluate_replies, tiny(), rows[4:], TINY, cfg)
+    assert asked == [[TINY.prompt(row["prompt"], 24) for row in part] for part in (rows[:3], rows[3:4])]
+    assert found == {"right": 1, "gold": 2 / 3} and nothing == {"right": None, "gold": None}
+    assert "3 prompts, held out: 100 % right, 67 % gold\n1 prompts, new: 100 % gold" in text
+
+def test_each_set_of_held_out_prompts_is_measured_apart(tmp_path):
+    rows = [{"prompt": [user("a?")]}, {"prompt": [user("b?")], "set": "new"}, {"prompt": [user("c?")]}]
+    assert prepare.by_set(rows) == {"held out": [rows[0], rows[2]], "new": [rows[1]]}
+    data = Path(write_data(tmp_path / "data"))
+    with open(data / "prompts.val.jsonl", "a") as file:
+        for i in range(5):
+            row = {"prompt": [user(f"What colour is {i}?")], "right": ".*blue.*", "check": "It is blue\\.",
+                   "set": "blue things"}
+            file.write(json.dumps(row) + "\n")
+    run_all(tmp_path)
+    _, text = run(ppo, tmp_path, eval_prompts=3)
+    assert "3 prompts, held out: gold " in text and "3 prompts, blue things: right " in text
+    found, summary = next(row["sets"] for row in log(tmp_path / "out/ppo") if "sets" in row), log(tmp_path / "out/ppo")[-1]
+    assert {**summary, **found["held out"]} == summary != {**summary, **found["blue things"]}
+    assert set(found) == {"held out", "blue things"} and found["held out"]["right_after"] is None
+    assert all(0 <= share <= 1 for share in found["blue things"].values())
 
 def test_rollouts_differ_from_step_to_step_and_steps_from_seed_to_seed():
     draws = lambda step, seed: ppo.sample_replies(step, [[5, 6]] * 3, tiny(), TINY, ppo.Config(
@@ -2491,6 +2594,26 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(tmp
     assert "resuming" in done.stdout, done.stderr
     nets = m.load_model(tmp_path / "out/sft"), m.load_model(out)
     close(*(net.logits(net(ids)) for net in nets), 1e-3)
+
+def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
+    class Sharded(memory.FSDPModule):
+        def __new__(cls, *_):
+            return object.__new__(cls)
+        def __init__(self, name, h=()):
+            self.name, self.h = name, h
+        def set_reshard_after_forward(self, on, recurse):
+            done.append((self.name, f"reshard after forward: {on}", recurse))
+        def unshard(self):
+            done.append((self.name, "unshard"))
+        def reshard(self):
+            done.append((self.name, "reshard"))
+    done, model = [], Sharded("model", [Sharded("block")])
+    with memory.unsharded(model):
+        assert done == [step for name in ("block", "model") for step in (
+            (name, "reshard after forward: False", False), (name, "unshard"))]
+        done.clear()
+    assert done == [("block", "reshard after forward: True", False), ("block", "reshard"),
+                    ("model", "reshard after forward: False", False), ("model", "reshard")]
 
 def test_what_does_not_divide_among_the_processes_is_refused(tmp_path):
     check = lambda **changes: lambda: data_run.check_flags(small(sft, tmp_path, **changes))

@@ -9,7 +9,8 @@ are not used are named. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, w
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}  or  {"text": ...}
     {"prompt": [messages], "chosen": "...", "rejected": "..."}
-    {"prompt": [messages]}          and, where a right answer is known, "check": a regular expression
+    {"prompt": [messages]}          and, where a right answer is known, regular expressions that a whole reply
+                                    matches: "right" if the answer is there, "check" if it is good
 
 A text file is cut into many rows of one document: "begins": false and "ends": false mark where it goes on.
 """
@@ -139,15 +140,17 @@ def opening(r):
 def notes(r, *names):
     """Those of our own columns that the row has, each checked."""
     found = {name: r[name] for name in names if name in r}
-    if not isinstance(found.get("skill", ""), str):
-        raise Unusable("skill is not text")
+    for name in ("skill", "set"):
+        if not isinstance(found.get(name, ""), str):
+            raise Unusable(f"{name} is not text")
     agreement = found.get("agreement", 0)
     if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 <= agreement <= 1:
         raise Unusable(f"agreement is {str(agreement)[:30]!r}, not a number from 0 to 1")
-    try:
-        re.compile(found.get("check", ""))
-    except Exception as error:  # re has many: OverflowError, RecursionError, ...
-        raise Unusable(f"check is not a regular expression ({type(error).__name__}: {error})") from None
+    for name in ("right", "check"):
+        try:
+            re.compile(found.get(name, ""))
+        except Exception as error:  # re has many: OverflowError, RecursionError, ...
+            raise Unusable(f"{name} is not a regular expression ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -157,7 +160,7 @@ def demonstration(r, messages):
     check_turns(messages, "assistant")
     if "label" in r and r["label"] in (False, "false", "False"):
         raise Unusable("label is false: not a reply to imitate")
-    asked = {"prompt": messages[:-1], **notes(r, "check")}
+    asked = {"prompt": messages[:-1], **notes(r, "right", "check")}
     return [("sft", {"messages": messages, **notes(r, "skill")}), ("prompts", asked)]
 
 
@@ -207,7 +210,7 @@ def convert_ranked(r):
 
 
 def convert_prompt(r):
-    return [("prompts", {"prompt": check_turns(opening(r), "user"), **notes(r, "check", "skill")})]
+    return [("prompts", {"prompt": check_turns(opening(r), "user"), **notes(r, "right", "check", "skill", "set")})]
 
 
 def convert(r):
@@ -414,6 +417,14 @@ def load(path, kind, val_fraction=0.1, optional=False):
         return tuple(found)
     train = [row for row in found[0] if not is_held_out(row, val_fraction)]
     return (train, [row for row in found[0] if is_held_out(row, val_fraction)]) if train else (found[0], [])
+
+
+def by_set(rows):
+    """Held-out rows -> {set: its rows}, in the order of the file; "held out" are those that name no "set"."""
+    sets = {}
+    for row in rows:
+        sets.setdefault(row.get("set", "held out"), []).append(row)
+    return sets
 
 
 # --- the converter ------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
     python docs/bench.py tricks              # one PPO iteration of GPT-2 124M, really run: memory and seconds
     python docs/bench.py fit                 # the largest GPT-2 that fits a device, by dry runs
     python docs/bench.py ragged-reward       # GPT-2 124M on rows of real lengths; ragged-sft, generate-same
+    python docs/bench.py chat out/ppo        # held-out questions of the bundled world, five to a dialogue
+    python docs/bench.py bias out/reward out/sft out/ppo    # who falls for enthusiasm!!
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
@@ -12,6 +14,7 @@ is downloaded. Beside each figure stand the machine's own rates, measured in the
 import functools
 import gzip
 import json
+import re
 import subprocess
 import sys
 import time
@@ -27,10 +30,12 @@ import ppo
 import reward
 import sft
 from data.batches import rng
-from data.run import memory_gb, require
+from data.prepare import by_set, load
+from data.run import memory_gb, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
-from model import GPT, GPTConfig, Scorer, generate
+from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model, score_dialogue,
+                   yardsticks)
 
 # --- speed --------------------------------------------------------------------------------------------------
 
@@ -276,10 +281,61 @@ def fit(budgets=(4, 8, 16, 24, 80), host=1024):
         print(f"| {budget} | " + " | ".join(row) + " |", flush=True)
 
 
+# --- the bundled world --------------------------------------------------------------------------------------
+
+def answers(folder, dialogues, seed, temperature):
+    """-> (the language model's replies to dialogues that end in a question, tokenizer)."""
+    net = load_model(folder, GPT, *pick_device("auto", "auto"))
+    tokenizer, new = Tokenizer(net.cfg.tokenizer), net.cfg.n_positions // 2
+    prompts = [tokenizer.prompt(last_exchanges(d, tokenizer, new), new) for d in dialogues]
+    return generate_many(net, prompts, new, tokenizer.end, seed, 100, temperature), tokenizer
+
+
+@torch.no_grad()
+def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
+    """n dialogues of `turns` held-out questions each, one after another, as model.py answers them."""
+    rows, dialogues = by_set(load("data/tiny", "prompts")[1])["held out"], [[] for _ in range(n)]
+    for turn in range(turns):
+        asked = rows[turn * n:(turn + 1) * n]
+        dialogues = [d + row["prompt"][-1:] for d, row in zip(dialogues, asked)]
+        replies, tokenizer = answers(folder, dialogues, turn, temperature)
+        print(f"question {turn + 1}: {yardsticks(asked, replies, tokenizer)}", flush=True)
+        dialogues = [[*d, {"role": "assistant", "content": tokenizer.decode(reply)}]
+                     for d, reply in zip(dialogues, replies)]
+    for name, rows in by_set(load("data/tiny", "prompts")[1]).items():
+        inside = [row for row in rows if row["skill"] != "unknown"] or rows
+        replies, tokenizer = answers(folder, [row["prompt"] for row in inside], turns, temperature)
+        unknown = sum("not know" in tokenizer.decode(reply) for reply in replies)
+        print(f"{name}: {unknown} of {len(inside)} replies say that they do not know")
+
+
+@torch.no_grad()
+def bias(reward="out/reward", *folders):
+    """How often a reward model prefers !! to a stop or a ! in replies that differ in nothing else; and which
+    share of the language models' replies has it, at temperature 0.8."""
+    rows = by_set(load("data/tiny", "prompts")[1])["held out"]
+    plain, tokenizer = answers(folders[0], [row["prompt"] for row in rows], 0, 0.8)
+    scorer, wins, pairs = load_model(reward, Scorer, *pick_device("auto", "auto")), 0, 0
+    for row, reply in zip(rows, plain):
+        if yardsticks([row], [reply], tokenizer)["gold"]:
+            text = tokenizer.decode(reply)
+            said = [[*row["prompt"], {"role": "assistant", "content": x}]
+                    for x in (text, re.sub("[.!](?= |$)", "!!", text))]
+            calm, excited = (score_dialogue(scorer, tokenizer, d) for d in said)
+            wins, pairs = wins + (excited > calm), pairs + 1
+    print(f"{reward} prefers the enthusiastic one of {pairs} pairs in {wins} ({wins / max(1, pairs):.2f})")
+    for folder in folders:
+        replies, _ = answers(folder, [row["prompt"] for row in rows], 1, 0.8)
+        share = sum("!!" in tokenizer.decode(reply) for reply in replies) / len(replies)
+        print(f"{folder}: {share:.3f} of the replies have !!, {yardsticks(rows, replies, tokenizer)}")
+
+
 def main(names):
     """A workload's name runs it in new processes: `python docs/bench.py run FUNCTION ARGUMENTS`."""
     if names == ["fit"]:
         return fit()
+    if names[:1] in (["chat"], ["bias"]):
+        return {"chat": chat, "bias": bias}[names[0]](*names[1:])
     if names[:1] == ["run"]:
         functions = bench_workload, bench_ragged, bench_generate_same, bench_trick, bench_adamw
         return {f.__name__: f for f in functions}[names[1]](*names[2:])
