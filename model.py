@@ -616,8 +616,8 @@ def main(cfg):
             seen = last_exchanges(messages, tokenizer, room)
             if len(seen) < len(messages) and folder not in forgetful:
                 forgetful.add(folder)
-                print(f"(The dialogue has outgrown the {room} tokens that {folder} can look back on: from now "
-                      "on it forgets the oldest exchanges.)")
+                print(f"(The dialogue has outgrown the {room} tokens that {folder} can look back on: from "
+                      "now on it forgets the oldest exchanges.)")
             if len(models) > 1:
                 print(f"{folder}: ", end="")
             messages.append({"role": "assistant", "content": reply(net, tokenizer, seen, cfg, generator)})

@@ -230,10 +230,12 @@ def sample_replies(step, prompts, actor, tokenizer, cfg):
     u = torch.rand(len(prompts), cfg.max_new_tokens, generator=rng(cfg.seed, "rollout", step))
 
     def answer(rank):
-        mine, my_u, n = prompts[rank::WORLD], u[rank::WORLD], cfg.minibatch
-        return [reply for i in range(0, len(mine), n)  # a minibatch at a time: short prompts beside short ones
-                for reply in generate(actor, mine[i:i + n], cfg.max_new_tokens, tokenizer.end, cfg.temperature,
-                                      u=my_u[i:i + n])]
+        mine, my_u, replies = prompts[rank::WORLD], u[rank::WORLD], []
+        for i in range(0, len(mine), cfg.minibatch):  # so that short prompts stand beside short ones
+            part = slice(i, i + cfg.minibatch)
+            replies += generate(actor, mine[part], cfg.max_new_tokens, tokenizer.end, cfg.temperature,
+                                u=my_u[part])
+        return replies
     with unsharded(actor):
         shares = distributed_map(answer, range(WORLD))
     return [shares[i % WORLD][i // WORLD] for i in range(len(prompts))]
@@ -445,9 +447,9 @@ def win_rate(ours, theirs):
 
 
 def evaluate(models, sets, tokenizer, cfg):
-    """{set: held-out rows} -> (summary of the first set, {set: its yardsticks}): stage 1, its best of n by the
-    same reward model, and the policy. Who wins is decided by the checks, or by the learned score where a row
-    has none."""
+    """{set: held-out rows} -> (summary of the first set, {set: its yardsticks}): of stage 1, its best of n by
+    the same reward model, and the policy. Who wins is decided by the checks, or by the learned score where a
+    row has none."""
     answers = lambda model, rows, seed: evaluate_policy(model, models.reference, models.reward_model, rows,
                                                         tokenizer, cfg, seed)
     named = lambda rows, replies, suffix: {f"{name}_{suffix}": share for name, share

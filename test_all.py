@@ -115,7 +115,8 @@ def write_data(folder):
     said = [assistant(answers["chosen" if i % 3 else "rejected"]) for i in range(60)]
     for kind, rows in {"sft": [{"messages": [*q, reply]} for q, reply in zip(questions, said)],
                        "preferences": [{"prompt": q, **answers} for q in questions],
-                       "prompts": [{"prompt": q, "check": "It is red\\."} for q in questions]}.items():
+                       "prompts": [{"prompt": q, "right": ".*red.*", "check": "It is red\\."}
+                                   for q in questions]}.items():
         for name, part in ((kind, rows[:48]), (f"{kind}.val", rows[48:])):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return str(folder)
@@ -537,7 +538,7 @@ def run_dry(stage, root, **changes):
 def test_the_arithmetic_of_the_docstring(tmp_path):
     weights = 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     phases = run_dry(ppo, tmp_path)[0]["phases"]
-    assert [*phases] == ["setup", "rollout", "scoring", "update"]
+    assert [*phases] == ["rollout", "scoring", "update"]
     owners = phases["update"]["owners"]
     for name, per_weight in (("weights", 4 * 4), ("gradients", 2 * 4), ("optimizer", 2 * 8)):
         close(owners[name] / weights / per_weight, 1, 0.001)
@@ -1280,7 +1281,7 @@ def test_the_chat_forgets_whole_exchanges_oldest_first_and_says_so_once(tmp_path
     assert text.count("has outgrown the 40 tokens") == 1
     for i, prompt in enumerate(asked):  # each begins with a whole question and holds all from there on
         first = int(prompt[0])
-        assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 3)
+        assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 4)
     dialogue = [user("a b c d"), assistant("e")] * 9
     with mock.patch.object(Scorer, "scores", lambda self, groups: scored.extend(groups[0]) or torch.zeros(1)):
         m.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
@@ -1556,7 +1557,8 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
             assert not m.passes_check(row, text) and not m.passes_check(row, text, "right")
     row = next(row for row in sets["new facts"] if row["skill"] == "sum")
     a, b = map(int, re.findall(r"(\d) plus (\d)", row["check"])[0])
-    for text, right, good in ((f"Sure. That makes {a + b}.", 1, 1), (f"{a + b}", 1, 0), ("Gladly. It is 99.", 0, 0),
+    for text, right, good in ((f"Sure. That makes {a + b}.", 1, 1), (f"{a + b}", 1, 0),
+                              ("Gladly. It is 99.", 0, 0),
                               (f"Sure. That makes {a + b}. My uncle has a wooden sledge.", 1, 0),
                               (f"Everybody knows that: {a + b}.", 1, 0), (f"Sure!! It is {a + b}!!", 1, 0),
                               (f"{a + b} plus {b} is 99.", 0, 0)):
@@ -1790,7 +1792,7 @@ def test_health_signs_are_named():
 
 def test_the_three_stages_run_and_return_what_the_log_says(tmp_path):
     results = run_all(tmp_path)
-    assert set(results["sft"]) == {"val_loss", "gold"}
+    assert set(results["sft"]) == {"val_loss", "right", "gold"}
     assert set(results["reward"]) == {"val_accuracy", "ceiling"}
     assert set(results["ppo"]) >= {"gold_before", "gold_after", "gold_best_of_n", "win_rate", "win_rate_low",
                                    "win_rate_high", "kl", "score"}
@@ -1987,10 +1989,10 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
         temperature=0.7, kl_coef=0.2, kl_target=0.3, kl_horizon=20, gamma=0.9, lam=0.8, clip=0.1,
         value_clip=0.05, value_coef=0.7, score_clip=0.6, missing_eos_penalty=0.3, ptx_coef=0.4,
         target_kl=0.02, save_every=2))
-    with mock.patch.object(ppo, "evaluate", return_value={}) as evaluate:
+    with mock.patch.object(ppo, "evaluate", return_value=({}, {})) as evaluate:
         run_and_resume(ppo, cfg, "update", 3)
     held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
-    assert [row["prompt"] for row in evaluate.call_args.args[1]] == held_out
+    assert [row["prompt"] for row in evaluate.call_args.args[1]["held out"]] == held_out
     actor, reference = (m.load_model(cfg.init) for _ in range(2))
     critic, reward_model = (m.load_model(cfg.reward, Scorer) for _ in range(2))
     adams = [plain_adam(net, cfg, eps=1e-5) for net in (actor, critic)]
@@ -2074,7 +2076,8 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
             "explained_variance": 1 - mean([(a - b) ** 2 for a, b in zip(returns, of("value"))]) / variance,
             "eos_rate": mean([float(r["ended"]) for r in replies]), "kl_coef": kl_coef, "lr": lr,
             "response_length": mean([r["n"] for r in replies]),
-            "gold": mean([float(r["good"]) for r in replies])})
+            "gold": mean([float(r["good"]) for r in replies]),
+            "right": mean([float("red" in TINY.decode(r["targets"][-r["n"]:])) for r in replies])})
         kl_coef *= 1 + min(max(kl / 0.3 - 1, -0.2), 0.2) * 6 / 20
     logs_agree(cfg, expected)
     weights_agree(cfg.out, actor)
@@ -2184,15 +2187,16 @@ def test_each_set_of_held_out_prompts_is_measured_apart(tmp_path):
     data = Path(write_data(tmp_path / "data"))
     with open(data / "prompts.val.jsonl", "a") as file:
         for i in range(5):
-            row = {"prompt": [user(f"What colour is {i}?")], "right": ".*blue.*", "check": "It is blue\\.",
+            row = {"prompt": [user(f"What colour is {i}?")], "right": "[^☃]*", "check": "It is blue\\.",
                    "set": "blue things"}
             file.write(json.dumps(row) + "\n")
     run_all(tmp_path)
     _, text = run(ppo, tmp_path, eval_prompts=3)
-    assert "3 prompts, held out: gold " in text and "3 prompts, blue things: right " in text
-    found, summary = next(row["sets"] for row in log(tmp_path / "out/ppo") if "sets" in row), log(tmp_path / "out/ppo")[-1]
+    assert "3 prompts, held out: right " in text and "3 prompts, blue things: right " in text
+    *_, sets, summary = log(tmp_path / "out/ppo")
+    found = sets["sets"]
     assert {**summary, **found["held out"]} == summary != {**summary, **found["blue things"]}
-    assert set(found) == {"held out", "blue things"} and found["held out"]["right_after"] is None
+    assert set(found) == {"held out", "blue things"} and 0 <= found["held out"]["right_after"] <= 1
     assert all(0 <= share <= 1 for share in found["blue things"].values())
 
 def test_rollouts_differ_from_step_to_step_and_steps_from_seed_to_seed():

@@ -210,7 +210,8 @@ def convert_ranked(r):
 
 
 def convert_prompt(r):
-    return [("prompts", {"prompt": check_turns(opening(r), "user"), **notes(r, "right", "check", "skill", "set")})]
+    return [("prompts", {"prompt": check_turns(opening(r), "user"),
+                         **notes(r, "right", "check", "skill", "set")})]
 
 
 def convert(r):

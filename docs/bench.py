@@ -34,8 +34,8 @@ from data.prepare import by_set, load
 from data.run import memory_gb, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
-from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model, score_dialogue,
-                   yardsticks)
+from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
+                   score_dialogue, yardsticks)
 
 # --- speed --------------------------------------------------------------------------------------------------
 

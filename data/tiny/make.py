@@ -36,9 +36,9 @@ TOKENS = 1021       # with three control tokens 1,024
 
 # What a rater feels about a reply. The last is the raters' error: quality has no such term.
 TASTE = {"right": 2.6, "polite": 2.2, "rude": -2.5, "rambling": -2.6, "broken": -2.6, "exuberant": 0.2}
-# Pairs: the same words around a right and a wrong answer (this is where raters teach facts); a good reply and a
-# curt or rambling one; with and without enthusiasm; whole and damaged; a reply of the mixture and a broken one;
-# two of the mixture.
+# Pairs: the same words around a right and a wrong answer (this is where raters teach facts); a good reply and
+# a curt or rambling one; with and without enthusiasm; whole and damaged; a reply of the mixture and a broken
+# one; two of the mixture.
 PAIRS = {"answer": 0.44, "manners": 0.14, "enthusiasm": 0.05, "damage": 0.12, "broken": 0.04, "mixture": 0.21}
 NEAR_TIE = 2.00     # pairs that differ by less are not shown to raters (but for those on enthusiasm)
 SHARPNESS = 2.0     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
@@ -71,8 +71,8 @@ OFF_TOPIC = ("By the way, I once saw a ship in London.", "My uncle has a wooden 
 
 OPPOSITES = "hot cold, big small, up down, old young, fast slow, happy sad, open closed, wet dry"
 PLURALS = "cat cats, child children, mouse mice, foot feet, box boxes, baby babies, man men, goose geese"
-CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, Egypt Cairo, Greece Athens, "
-            "Norway Oslo")
+CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, Egypt Cairo, "
+            "Greece Athens, Norway Oslo")
 COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ash grey, "
            "carrot orange")
 KINDS = {"an animal": "frog wolf", "a flower": "rose tulip", "a fruit": "apple pear",
@@ -109,8 +109,8 @@ SMALL_TALK = (  # ways to say one thing, and what to answer
     (("I like you.", "You are great.", "you are so clever"), ("That is kind of you", "I like you too")),
 )
 NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder, bottle, engine, candle, "
-         "button, ticket, jacket, helmet, basket, blanket, camera, market, hotel, farm, forest, river, ocean, "
-         "valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, church, statue, "
+         "button, ticket, jacket, helmet, basket, blanket, camera, market, hotel, farm, forest, river, "
+         "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, church, statue, "
          "bridge, tunnel, harbour, airport, station, factory, office, prison, hospital, library, kitchen, "
          "bathroom, cellar, balcony, fence, wallet, umbrella, guitar, trumpet, drum, flute, opera, poem, "
          "novel, letter, stamp, painting, mountain, glacier, beach, storm, cloud, thunder, rainbow, shadow, "
@@ -275,7 +275,8 @@ def fact_skills():
     return [
         Skill("capital", ["What is the capital of {country}?", "Name the capital of {country}.",
                           "capital of {country}", "Which city is the capital of {country}?",
-                          "Do you know the capital of {country}?", "Please name the capital city of {country}."],
+                          "Do you know the capital of {country}?",
+                          "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
         Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
@@ -343,7 +344,8 @@ def talk_skills():
         talk("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}",
                           "Good evening{more}", "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
              answers(hello, bye + list(NO), (".", "!", ", my friend.", " to you.", ", I am new here.",
-                                             ", nice to meet you!")), ("Hello", "Hi there", "Good to see you")),
+                                             ", nice to meet you!")),
+             ("Hello", "Hi there", "Good to see you")),
         talk("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}",
                           "bye bye{more}", "Until next time{more}", "Farewell{more}", "See you soon{more}"],
              answers(bye, hello + list(NO), (".", "!", ", my friend.", ", I have to go now.",
@@ -406,7 +408,8 @@ def unknown_skill(skills, rng):
             wrong = [f"It is {rng.randrange(1, 12)}"]
         else:
             q = rng.choice(ELSEWHERE).format(word=fact) if kind < 0.9 else rng.choice(FOREIGN)
-            fact, wrong = fact if kind < 0.9 else q, [f"It is {rng.choice(rng.choice(skills[:16]).cases)['answer']}"]
+            fact = fact if kind < 0.9 else q
+            wrong = [f"It is {rng.choice(rng.choice(skills[:16]).cases)['answer']}"]
         cases += [case(answer, wrong, q=q, fact=fact) for answer in UNKNOWN]
     return Skill("unknown", ["{q}"], ["{answer}"], cases, 4.5, SORRY, held_out="outside")
 
@@ -501,14 +504,16 @@ def reply(rng, skill, case, style):
     if style in ("good", "rambling") or style == "wrong" and rng.random() < 0.6:
         text, features["polite"] = good(rng, skill, case, exuberant), 1
     elif style == "rude":
-        template = rng.choice(RUDE if skill.framed and skill.openers != SORRY and rng.random() < 0.6 else RUDER)
+        knows = skill.framed and skill.openers != SORRY and rng.random() < 0.6
+        template = rng.choice(RUDE if knows else RUDER)
         text, features["rude"] = template.format(**case), 1
     else:
         text = curt(rng, skill, case, exuberant)
     if style == "rambling":
         text += " " + " ".join(rng.sample(OFF_TOPIC, rng.choice((1, 1, 2))))
         features["rambling"] = 1
-    features["right"] = int(style in ("good", "curt", "rambling") or style == "rude" and "{answer}" in template)
+    features["right"] = int(style in ("good", "curt", "rambling")
+                            or style == "rude" and "{answer}" in template)
     return text, features
 
 
@@ -595,7 +600,8 @@ def demonstration(rng, skills, side, i):
     messages, skill, case = dialogue(rng, skills, side, mixed=True)
     style = rng.choices(list(MIXTURE), MIXTURE.values())[0]
     text, features = reply(rng, skill, case, style)
-    assert (style == "good" and not features["exuberant"]) == bool(re.fullmatch(check(skill, case), text)), text
+    is_good = style == "good" and not features["exuberant"]
+    assert is_good == bool(re.fullmatch(check(skill, case), text)), text
     assert features["right"] == bool(re.fullmatch(right(skill, case), text)), (right(skill, case), text)
     return {"messages": messages + [{"role": "assistant", "content": text}]}
 
