@@ -471,9 +471,10 @@ def evaluate(models, sets, tokenizer, cfg):
         print(f"    {question!r}\n        {tokenizer.decode(before[i])!r} ({before_scores[i]:+.2f})\n"
               f"     -> {tokenizer.decode(after[i])!r} ({after_scores[i]:+.2f})")
     for which, shares in reversed(table.items()):
-        shown = (f"{key} {shares[f'{key}_before']:.2f} -> {shares[f'{key}_after']:.2f}"
-                 for key in ("right", "gold") if shares[f"{key}_before"] is not None)
-        print(f"{len(sets[which])} prompts, {which}: {', '.join(shown)}")
+        shown = [f"{key} {shares[f'{key}_before']:.2f} -> {shares[f'{key}_after']:.2f}"
+                 for key in ("right", "gold") if shares[f"{key}_before"] is not None]
+        if shown:
+            print(f"{len(sets[which])} prompts, {which}: {', '.join(shown)}")
     return {**table[name], **named(rows, best, "best_of_n"),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
