@@ -457,9 +457,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, with_entropy):  # (M, C), (V, C), (M,)
         rows = (targets >= 0).nonzero().squeeze(1)  # rows without a target cost nothing
-        # a few others make their number N a multiple of 64: a CPU plans each new shape of a product for
-        # longer than it computes it
-        spare = (targets < 0).nonzero().squeeze(1)[:-len(rows) % 64]
+        # On a CPU, which plans each new shape of a product for longer than it computes it, a few others make
+        # their number N a multiple of 64. (On a GPU to find them would be another wait.)
+        cpu = hidden.device.type == "cpu"
+        spare = (targets < 0).nonzero().squeeze(1)[:-len(rows) % 64] if cpu else rows[:0]
         rows = torch.cat([rows, spare])  # (N,)
         h, t = hidden[rows], targets[rows, None].clamp(min=0)  # (N, C), (N, 1)
         target_logit = torch.zeros(len(rows), dtype=torch.float32, device=hidden.device)

@@ -454,11 +454,12 @@ def evaluate(models, sets, tokenizer, cfg):
                                                         tokenizer, cfg, seed)
     named = lambda rows, replies, suffix: {f"{name}_{suffix}": share for name, share
                                            in yardsticks(rows, replies, tokenizer).items()}
-    table = {}
-    for name, rows in reversed(sets.items()):  # the first set comes last, and is looked into below
-        before, before_scores, _ = answers(models.reference, rows, cfg.seed + 1)
-        after, after_scores, kl = answers(models.actor, rows, cfg.seed + 2)
-        table[name] = named(rows, before, "before") | named(rows, after, "after")
+    measured = {name: (answers(models.reference, rows, cfg.seed + 1),
+                       answers(models.actor, rows, cfg.seed + 2)) for name, rows in sets.items()}
+    table = {name: named(sets[name], before[0], "before") | named(sets[name], after[0], "after")
+             for name, (before, after) in measured.items()}
+    first, rows = next(iter(sets.items()))
+    (before, before_scores, _), (after, after_scores, kl) = measured[first]
     n = cfg.best_of_n
     many, many_scores, _ = answers(models.reference, [row for row in rows for _ in range(n)], cfg.seed + 3)
     best = [many[i * n + j] for i, j in enumerate(many_scores.view(-1, n).argmax(1).tolist())]
@@ -470,12 +471,12 @@ def evaluate(models, sets, tokenizer, cfg):
         question = rows[i]["prompt"][-1]["content"][-200:]
         print(f"    {question!r}\n        {tokenizer.decode(before[i])!r} ({before_scores[i]:+.2f})\n"
               f"     -> {tokenizer.decode(after[i])!r} ({after_scores[i]:+.2f})")
-    for which, shares in reversed(table.items()):
+    for name, shares in table.items():
         shown = [f"{key} {shares[f'{key}_before']:.2f} -> {shares[f'{key}_after']:.2f}"
                  for key in ("right", "gold") if shares[f"{key}_before"] is not None]
         if shown:
-            print(f"{len(sets[which])} prompts, {which}: {', '.join(shown)}")
-    return {**table[name], **named(rows, best, "best_of_n"),
+            print(f"{len(sets[name])} prompts, {name}: {', '.join(shown)}")
+    return {**table[first], **named(rows, best, "best_of_n"),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
             "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}, table

@@ -110,7 +110,8 @@ SMALL_TALK = (  # ways to say one thing, and what to answer
 )
 NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder, bottle, engine, candle, "
          "button, ticket, jacket, helmet, basket, blanket, camera, market, hotel, farm, forest, river, "
-         "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, church, statue, "
+         "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, church, "
+         "statue, "
          "bridge, tunnel, harbour, airport, station, factory, office, prison, hospital, library, kitchen, "
          "bathroom, cellar, balcony, fence, wallet, umbrella, guitar, trumpet, drum, flute, opera, poem, "
          "novel, letter, stamp, painting, mountain, glacier, beach, storm, cloud, thunder, rainbow, shadow, "
