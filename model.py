@@ -18,12 +18,14 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
 
 from data import hub
 from data.batches import branching, map_by_length, pad, rng
@@ -218,10 +220,6 @@ class Scorer(GPT):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.cfg.n_embd + 1), generator=generator)
         return self
 
-    def values(self, idx):
-        """idx (B, T) -> float32 (B, T)."""
-        return self.head(self(idx))
-
     def scores(self, groups):
         """[[row, ...], ...], lists of ids, those of a group with the same prompt -> the score at the last
         token of each row, in order, float32 (N,)."""
@@ -250,6 +248,32 @@ def negative_log_likelihood(model, examples, device):
     idx, targets = (pad(column, fill).to(device) for column, fill in zip(zip(*examples), (0, -1)))
     logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
     return -logprobs
+
+
+def reply_states(model, prompts, replies):
+    """Lists of ids, each reply after its prompt -> hidden states (N, C) at the positions that predict the
+    replies' tokens, in order. Neighbours with the same prompt are one row: it is computed once."""
+    pairs = [*zip(prompts, replies)]
+    groups = [[p + r for p, r in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
+    before = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in pairs]
+    n, args = sum(map(len, replies)), branching(groups, model.device, before)
+    # in 64s: a CPU plans each new shape of a product longer than it computes it
+    args["at"] = tuple(F.pad(x, (0, -n % 64)) for x in args["at"])
+    return model(**args)[:n]
+
+
+def by_reply(x, replies):
+    """(N,), a number for each token of the replies -> (B, R): a row for each reply, 0 beyond its end."""
+    return pad_sequence(x.split([*map(len, replies)]), batch_first=True)
+
+
+def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
+    """-> log-probabilities of the replies' tokens under the distribution that they were sampled from, and its
+    entropy if asked for, each float32 (B, R), 0 beyond a reply's end."""
+    targets = torch.tensor([t for reply in replies for t in reply]).to(model.device)
+    # logits = hidden @ wte.T: dividing the one divides the other
+    hidden = reply_states(model, prompts, replies) / temperature
+    return [by_reply(x, replies) for x in token_logprobs(hidden, model.wte.weight, targets, entropy=entropy)]
 
 
 # --- generation ---------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@
     python ppo.py                                   # bundled data; needs out/sft and out/reward
     python ppo.py --reward=check                    # rewards from the prompts' checks, without a reward model
     python ppo.py --trace                           # print replies token by token on the way
+    python ppo.py --group=8                         # eight replies to a prompt, no critic: RLOO
+    python ppo.py --group=8 --group_norm            # GRPO
 
 Reads prompts.jsonl of --data; writes the policy, log.jsonl and state.pt to --out. Four networks: the actor
 learns, the reference is stage 1, frozen, the critic starts from the reward model and learns, the reward model
 is frozen. Losses: Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9, without an entropy bonus; reward:
-Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+Ziegler et al. 2019, arXiv:1909.08593, eq. 2. With --group the critic is left out: a reply is compared with
+its sisters (RLOO: Ahmadian et al. 2024, arXiv:2402.14740; GRPO: Shao et al. 2024, arXiv:2402.03300).
 """
 import math
 import time
@@ -22,12 +25,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from data.batches import batch_at, map_by_length, pad, rng
-from data.run import Run, check_flags, memory_gb, parse_flags, pick_device, require, run_dry
+from data.batches import batch_at, map_by_length, rng
+from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from data.tokenizer import count_targets, encode_demonstration
-from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, token_logprobs, unsharded
-from model import (GPT, Scorer, exported, frozen_copy, generate, generate_many, load_model, make_model,
-                   make_optimizer, negative_log_likelihood, passes, setup_training, yardsticks)
+from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, unsharded
+from model import (GPT, Scorer, by_reply, exported, frozen_copy, generate, generate_many, load_model,
+                   make_model, make_optimizer, negative_log_likelihood, passes, policy_logprobs, reply_states,
+                   setup_training, yardsticks)
 
 
 @dataclass(slots=True)
@@ -43,15 +47,17 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 105            # rollouts, each followed by `epochs` passes over it
+    steps: int = 100            # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
-    minibatch: int = 32         # replies per gradient step; must divide `batch`
+    minibatch: int = 64         # replies per gradient step; must divide `batch`
     microbatch: int = 0         # replies at once, 0: a minibatch or less; changes memory, not the gradient
     epochs: int = 1
+    group: int = 0              # above 1: so many replies to each prompt are compared, without a critic
+    group_norm: bool = False    # divide a group's advantages by the deviation of its rewards
     max_new_tokens: int = 48    # of a reply
     block_size: int = 256       # tokens of prompt and reply together; longer prompts lose their beginning
     temperature: float = 0.7    # of the policy: divides the logits in rollout, reference and update alike
-    lr: float = 4e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
+    lr: float = 8e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each
@@ -83,11 +89,11 @@ class Config:
 class Models(NamedTuple):
     actor: GPT                      # the policy: learns
     reference: GPT                  # stage 1, frozen
-    critic: Scorer                  # starts from the reward model, learns to predict its score
+    critic: Scorer | None           # starts from the reward model, learns to predict its score; or --group
     reward_model: Scorer | None     # stage 2, frozen; None: rewards come from the prompts' checks
 
 
-# --- mathematics, on (B, T): column t is about token idx[t + 1]; mask: is that token in the reply? ----------
+# --- mathematics, on (B, R): column t is about a reply's token t; mask: has the reply so many? --------------
 
 def masked_mean(x, mask):
     """The mean of x where mask is true, both (...). 0 where mask is empty, never 0/0."""
@@ -103,13 +109,13 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantages (B, T): Schulman et al. 2016, arXiv:1506.02438, eq. 16, from the end backwards.
+    """Generalized advantages (B, R): Schulman et al. 2016, arXiv:1506.02438, eq. 16, from the end backwards.
 
         delta_t = r_t + gamma V_t+1 - V_t        A_t = delta_t + gamma lam A_t+1
 
     Beyond the last token V and A are 0, for replies that were cut off, too.
     """
-    advantages, next_advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])  # (B, T), (B,)
+    advantages, next_advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])  # (B, R), (B,)
     next_value = torch.zeros_like(next_advantage)
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -123,6 +129,19 @@ def whiten(x, mask):
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
+
+
+def group_advantages(returns, group, norm):
+    """What each reply earned (B,), those to one prompt side by side -> advantages (B,).
+
+    RLOO: minus the mean of its sisters, which leaves the reply itself out, so that this baseline adds no
+    bias. norm, GRPO: minus the group's mean, divided by its deviation.
+    """
+    returns = returns.view(-1, group)
+    advantages = returns - returns.mean(1, keepdim=True)
+    if norm:
+        return (advantages / (returns.std(1, keepdim=True) + 1e-4)).flatten()
+    return (advantages * group / (group - 1)).flatten()  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
@@ -156,54 +175,45 @@ def k3(logprobs, ref_logprobs):
 
 # --- rollout ------------------------------------------------------------------------------------------------
 
-def as_batch(prompts, replies, end, device):
-    """Lists of ids -> what everything after generation works on, as a dict of tensors:
-
-    idx (B, T), lengths (B,) on the host, ended (B,), and targets (B, T): the reply's token that each position
-    predicts, or -1.
-    """
-    idx = pad([p + r for p, r in zip(prompts, replies)])
-    targets = pad([[-1] * (len(p) - 1) + r + [-1] for p, r in zip(prompts, replies)], -1)
+def as_batch(rows, replies, end, device):
+    """Rows with their prompts' ids and replies, lists of ids -> what everything after generation works on, as
+    a dict of lists of B and tensors: rows, replies, mask (B, R), ended (B,)."""
+    mask = torch.arange(max(map(len, replies))) < torch.tensor([[len(reply)] for reply in replies])
     ended = torch.tensor([reply[-1] == end for reply in replies])
-    lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, replies)])
-    return {"idx": idx.to(device), "targets": targets.to(device), "ended": ended.to(device),
-            "lengths": lengths}
+    return {"rows": rows, "replies": replies, "mask": mask.to(device), "ended": ended.to(device)}
 
 
-def policy_logprobs(model, batch, temperature, entropy=False):
-    """-> log-probabilities of the reply's tokens under the distribution that they were sampled from, and its
-    entropy if asked for, each (B, T), 0 elsewhere."""
-    # logits = hidden @ wte.T: dividing the one divides the other
-    hidden = model(batch["idx"]) / temperature
-    return token_logprobs(hidden, model.wte.weight, batch["targets"], entropy=entropy)
+def prompts_and_replies(batch):
+    return [row["ids"] for row in batch["rows"]], batch["replies"]
 
 
 def slice_batch(batch, rows):
-    """Some rows (a slice, or indices on the host), cut to the longest of them as pad() would."""
-    T = math.ceil(int(batch["lengths"][rows].max()) / 8) * 8
-    rows = rows if isinstance(rows, slice) else rows.to(batch["idx"].device)
-    return {name: t[rows] if t.dim() == 1 else t[rows, :T] for name, t in batch.items() if name != "lengths"}
+    """Some rows, a list of numbers, cut to the longest reply."""
+    R, index = max(len(batch["replies"][i]) for i in rows), torch.tensor(rows).to(batch["mask"].device)
+    return {name: [x[i] for i in rows] if isinstance(x, list) else x[index] if x.dim() == 1 else x[index, :R]
+            for name, x in batch.items()}
 
 
-def microbatch_size(cfg, lengths=None):
-    """Rows at once: cfg.microbatch. If that is 0, a process's part of a minibatch, or a quarter of it where a
-    rollout's rows, of `lengths` (B,), differ so much in length that this saves a quarter of the work."""
+def microbatch_size(cfg, batch=None):
+    """Rows at once: cfg.microbatch. If that is 0, a process's part of a minibatch, or a quarter of it where
+    the rows of a rollout differ so much in length that this saves a quarter of the work."""
     n = cfg.minibatch // WORLD
-    computed = lambda n: sum(n * int(part.max()) for part in lengths.sort().values.split(n))
-    quarter = lengths is not None and n % 4 == 0 and computed(n // 4) < 0.75 * computed(n)
+    lengths = sorted(len(p) + len(r) for p, r in zip(*prompts_and_replies(batch))) if batch else []
+    computed = lambda n: sum(n * lengths[min(i + n, len(lengths)) - 1] for i in range(0, len(lengths), n))
+    quarter = batch and n % 4 == 0 and computed(n // 4) < 0.75 * computed(n)
     return cfg.microbatch or (n // 4 if quarter else n)
 
 
 def map_microbatches(function, batch, size):
-    """Apply function(part of the batch, its slice), which returns a list of tensors, to `size` rows at a
-    time, shared among the processes -> the tensors of all parts joined, (B,) or (B, T)."""
-    B, T = batch["idx"].shape
+    """Apply function(part of the batch), which returns a list of tensors, to `size` rows at a time, shared
+    among the processes -> the tensors of all parts joined, (B,) or (B, R)."""
+    B, R = batch["mask"].shape
 
-    def run(part):
-        out = function(slice_batch(batch, part), part)
-        return [x if x.dim() == 1 else F.pad(x, (0, T - x.size(1))) for x in out]
-    parts = distributed_map(run, [slice(i, i + size) for i in range(0, B, size)])
-    return [torch.cat(x).to(batch["idx"].device) for x in zip(*parts)]
+    def run(i):
+        out = function(slice_batch(batch, [*range(i, min(i + size, B))]))
+        return [x if x.dim() == 1 else F.pad(x, (0, R - x.size(1))) for x in out]
+    parts = distributed_map(run, range(0, B, size))
+    return [torch.cat(x).to(batch["mask"].device) for x in zip(*parts)]
 
 
 def score_replies(reward_model, rows, replies, tokenizer):
@@ -241,6 +251,11 @@ def sample_replies(step, prompts, actor, tokenizer, cfg):
     return [shares[i % WORLD][i // WORLD] for i in range(len(prompts))]
 
 
+def predicted(critic, batch):
+    """-> (B, R): before each token of a reply, what the critic expects of the rest."""
+    return by_reply(critic.head(reply_states(critic, *prompts_and_replies(batch))), batch["replies"])
+
+
 @torch.no_grad()
 def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     """The policy answers `rows` -> (batch with everything that the update needs, replies, first_pass).
@@ -250,75 +265,84 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     and with checkpointing or offloading, which save memory, it is None.
     """
     actor, reference, critic, reward_model = models
-    prompts = [row["ids"] for row in rows]
     phase("rollout")
-    replies = sample_replies(step, prompts, actor, tokenizer, cfg)
+    replies = sample_replies(step, [row["ids"] for row in rows], actor, tokenizer, cfg)
     phase("scoring")
-    batch = as_batch(prompts, replies, tokenizer.end, actor.device)
-    mask = batch["mask"] = batch["targets"] >= 0
-    size = microbatch_size(cfg, batch["lengths"])
+    batch = as_batch(rows, replies, tokenizer.end, actor.device)
+    mask, size = batch["mask"], microbatch_size(cfg, batch)
 
     # Computed as the update does it, not taken from generation, so that the first ratio is exactly 1.
-    def learning(b, _):
-        logprobs, entropy = policy_logprobs(actor, b, cfg.temperature, entropy=True)
-        return [logprobs, entropy, critic.values(b["idx"]) * b["mask"]]
+    def learning(b):
+        both = policy_logprobs(actor, *prompts_and_replies(b), cfg.temperature, entropy=True)
+        return [*both, *([predicted(critic, b)] if critic else [])]
 
-    def frozen(b, part):
-        return [policy_logprobs(reference, b, cfg.temperature)[0],
-                score_replies(reward_model, rows[part], replies[part], tokenizer)]
+    def frozen(b):
+        return [policy_logprobs(reference, *prompts_and_replies(b), cfg.temperature)[0],
+                score_replies(reward_model, b["rows"], b["replies"], tokenizer)]
 
     keep_graph = size == len(rows) and WORLD == 1 and not cfg.checkpoint and cfg.offload == "none"
     with torch.set_grad_enabled(keep_graph):
-        logprobs, batch["entropy"], values = map_microbatches(learning, batch, size)
-    batch["logprobs"], batch["values"] = logprobs.detach(), values.detach()
+        logprobs, batch["entropy"], *values = map_microbatches(learning, batch, size)
+    batch["logprobs"] = logprobs.detach()
     batch["ref_logprobs"], scores = map_microbatches(frozen, batch, size)
     batch["scores"] = clip_scores(scores, batch["ended"], cfg)
     batch["kl"] = batch["logprobs"] - batch["ref_logprobs"]
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, kl_coef)
-    advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
-    batch["returns"] = advantages + batch["values"]
-    batch["advantages"] = whiten(advantages, mask)
-    return batch, replies, (logprobs, values) if keep_graph else None
+    if critic:
+        batch["values"] = values[0].detach()
+        advantages = gae(batch["rewards"], batch["values"], mask, cfg.gamma, cfg.lam)
+        batch["returns"] = advantages + batch["values"]
+        batch["advantages"] = whiten(advantages, mask)
+    else:
+        # a group of equal scores teaches nothing: what is left is the KL's noise, which norm would blow up
+        scores = batch["scores"].view(-1, cfg.group)
+        batch["signal"] = (scores != scores[:, :1]).any(1).repeat_interleave(cfg.group)
+        advantages = group_advantages(batch["rewards"].sum(1), cfg.group, cfg.group_norm) * batch["signal"]
+        batch["advantages"] = advantages[:, None] * mask
+    return batch, replies, (logprobs, *values) if keep_graph else None
 
 
 def trace(batch, tokenizer):
     """Print the first reply, token by token."""
-    batch = {name: t[0].tolist() for name, t in batch.items()}
     columns = {"logprob": "logprobs", "ref": "ref_logprobs", "kl": "kl", "reward": "rewards",
                "value": "values", "return": "returns", "advantage": "advantages"}
+    columns = {title: batch[name][0].tolist() for title, name in columns.items() if name in batch}
     print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in columns))
-    for t, token in enumerate(batch["targets"]):
-        if token >= 0:
-            text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
-            print(f"{text:>14} " + " ".join(f"{batch[name][t]:9.3f}" for name in columns.values()))
-    print(f"score {batch['scores']:.3f}, paid on the last token")
+    for t, token in enumerate(batch["replies"][0]):
+        text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
+        print(f"{text:>14} " + " ".join(f"{column[t]:9.3f}" for column in columns.values()))
+    print(f"score {batch['scores'][0]:.3f}, paid on the last token")
 
 
 # --- update -------------------------------------------------------------------------------------------------
 
 def minibatches(n, cfg, generator):
-    """Row numbers of each gradient step: all n rows, reshuffled in each of `epochs` passes."""
+    """Row numbers of each gradient step: all n rows, reshuffled in each of `epochs` passes, groups whole."""
+    group = cfg.group or 1
     for _ in range(cfg.epochs):
-        yield from torch.randperm(n, generator=generator).split(cfg.minibatch)
+        order = torch.randperm(n // group, generator=generator)[:, None] * group + torch.arange(group)
+        yield from order.flatten().split(cfg.minibatch)
 
 
 def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
     """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics, tensors on the device: this
     process's part of their means over the minibatch's reply tokens."""
-    stats, n = defaultdict(float), batch["mask"][minibatch.to(batch["idx"].device)].sum()
+    stats, n = defaultdict(float), sum(len(batch["replies"][i]) for i in minibatch)
     # The batch is sorted by length: neighbours need little padding.
-    for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg, batch["lengths"])):
-        b = slice_batch(batch, part)
+    for part in minibatch.sort().values[RANK::WORLD].split(microbatch_size(cfg, batch)):
+        b = slice_batch(batch, part.tolist())
         if actor_learns:
-            logprobs = first_pass[0] if first_pass else policy_logprobs(models.actor, b, cfg.temperature)[0]
+            logprobs = first_pass[0] if first_pass else policy_logprobs(
+                models.actor, *prompts_and_replies(b), cfg.temperature)[0]
             sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
             (sums[0] / n).backward()  # before the critic begins: one network's activations at a time
             for name, x in zip(("policy_loss", "clip_fraction", "approx_kl", "ratio"), sums):
                 stats[name] += x.detach() / n
-        values = first_pass[1] if first_pass else models.critic.values(b["idx"])
-        loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
-        (cfg.value_coef * loss / n).backward()
-        stats["value_loss"] += loss.detach() / n
+        if models.critic:
+            values = first_pass[1] if first_pass else predicted(models.critic, b)
+            loss = value_loss(values, b["values"], b["returns"], b["mask"], cfg.value_clip)
+            (cfg.value_coef * loss / n).backward()
+            stats["value_loss"] += loss.detach() / n
     return stats
 
 
@@ -344,7 +368,7 @@ def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
     """
     generator, history, updates, actor_learns = rng(cfg.seed, "update", step), defaultdict(list), 0, True
     phase("update")
-    for minibatch in minibatches(len(batch["idx"]), cfg, generator):
+    for minibatch in minibatches(len(batch["rows"]), cfg, generator):
         stats = ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg)
         first_pass = None  # the weights change now
         if cfg.ptx_coef and actor_learns:
@@ -356,7 +380,8 @@ def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
             optimizers["actor"].zero_grad()
         elif actor_learns:
             stats["grad_norm"], updates = optimizers["actor"].step(lr, cfg.grad_clip), updates + 1
-        stats["value_grad_norm"] = optimizers["critic"].step(lr, cfg.grad_clip)
+        if "critic" in optimizers:
+            stats["value_grad_norm"] = optimizers["critic"].step(lr, cfg.grad_clip)
         for name, value in stats.items():
             require(math.isfinite(value), f"rollout {step + 1}: {name} is {value}. Lower --lr. {cfg.out} "
                                           "keeps the last good checkpoint.")
@@ -374,22 +399,19 @@ def update_kl_coef(kl_coef, kl, cfg):
     return kl_coef * (1 + error * cfg.batch / cfg.kl_horizon)
 
 
-def linear_lr(step, cfg):
-    """The learning rate of rollout `step`: a linear warm-up, and a linear decay to 0."""
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
-
-
 def rollout_statistics(batch):
     """What the log says of a rollout, by the models as they were before the update."""
     mask = batch["mask"]
-    residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
-    variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
     out = {"score": batch["scores"].mean(), "kl": batch["kl"].sum(1).mean(),
            "kl_k3": masked_mean(k3(batch["logprobs"], batch["ref_logprobs"]), mask),
            "entropy": masked_mean(batch["entropy"], mask),
-           # 1: the critic predicts the returns exactly; 0: no better than their mean would
-           "explained_variance": 1 - residual / variance.clamp(min=1e-8),
            "eos_rate": batch["ended"].float().mean(), "response_length": mask.sum(1).float().mean()}
+    if "values" in batch:  # 1: the critic predicts the returns exactly; 0: no better than their mean would
+        residual = masked_mean((batch["returns"] - batch["values"]) ** 2, mask)
+        variance = masked_mean((batch["returns"] - masked_mean(batch["returns"], mask)) ** 2, mask)
+        out["explained_variance"] = 1 - residual / variance.clamp(min=1e-8)
+    else:
+        out["groups_without_signal"] = 1 - batch["signal"].float().mean()
     return dict(zip(out, torch.stack([*out.values()]).tolist()))
 
 
@@ -423,8 +445,8 @@ def evaluate_policy(model, reference, reward_model, rows, tokenizer, cfg, seed):
         scores = score_replies(reward_model, rows, replies, tokenizer)
         kl = torch.zeros(len(rows))
         if model is not reference:
-            batch = as_batch([row["ids"] for row in rows], replies, tokenizer.end, model.device)
-            logprobs, ref_logprobs = (policy_logprobs(net, batch, cfg.temperature)[0]
+            prompts = [row["ids"] for row in rows]
+            logprobs, ref_logprobs = (policy_logprobs(net, prompts, replies, cfg.temperature)[0]
                                       for net in (model, reference))
             kl = (logprobs - ref_logprobs).sum(1)
         return [*zip(scores.tolist(), kl.tolist())]
@@ -491,6 +513,11 @@ def check_ppo_flags(cfg):
             f"--block_size={cfg.block_size}.")
     require(cfg.kl_coef > 0 or not cfg.kl_target,
             f"--kl_target={cfg.kl_target} multiplies --kl_coef={cfg.kl_coef}, which would stay 0.")
+    if cfg.group:
+        require(cfg.group > 1 and cfg.minibatch % cfg.group == 0,
+                f"--group={cfg.group}: two or more replies, and whole groups in --minibatch={cfg.minibatch}.")
+        require(cfg.gamma == 1, f"--gamma={cfg.gamma} discounts for a critic; with --group there is none.")
+    require(cfg.group or not cfg.group_norm, "--group_norm says how groups are compared: give --group=8.")
     require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
 
 
@@ -527,12 +554,13 @@ def load_models(cfg, device, dtype):
                 f"--block_size={cfg.block_size}: {cfg.reward} has {critic.cfg.n_positions} positions.")
     setup_training(critic, cfg, device)
     reward_model = None if cfg.reward == "check" else frozen_copy(critic)
-    return Models(actor, frozen_copy(actor), critic, reward_model), tokenizer
+    return Models(actor, frozen_copy(actor), None if cfg.group else critic, reward_model), tokenizer
 
 
 def make_optimizers(models, cfg):
-    """-> {"actor": its optimizer, "critic": its optimizer}."""
-    return {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in ("actor", "critic")}
+    """-> {"actor": its optimizer, "critic": its optimizer, if there is one}."""
+    return {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in ("actor", "critic")
+            if getattr(models, name)}
 
 
 def dry_iteration(cfg, device, dtype):
@@ -540,7 +568,8 @@ def dry_iteration(cfg, device, dtype):
     models, tokenizer = load_models(cfg, device, dtype)
     optimizers, T = make_optimizers(models, cfg), cfg.block_size
     # every prompt begins with another token: equal ones would be computed once
-    rows = [{"ids": [i, *[0] * (T - cfg.max_new_tokens - 1)], "check": ""} for i in range(cfg.batch)]
+    rows = [{"ids": [i, *[0] * (T - cfg.max_new_tokens - 1)], "check": ""}
+            for i in range(cfg.batch // (cfg.group or 1)) for _ in range(cfg.group or 1)]
     batch, _, first_pass = rollout(0, rows, models, tokenizer, cfg, cfg.kl_coef)
     update(0, batch, first_pass, models, optimizers, cfg.lr, [([0] * T, [0] * T)], cfg)
 
@@ -570,8 +599,9 @@ def main(cfg):
     with run:
         for step in run.steps("ppo"):
             clock = time.time()
-            rows = sorted((train[i] for i in batch_at(step, (0,) * len(train), cfg.batch, cfg.seed)),
-                          key=lambda row: len(row["ids"]))  # then neighbours need little padding
+            drawn = batch_at(step, (0,) * len(train), cfg.batch // (cfg.group or 1), cfg.seed)
+            rows = sorted((train[i] for i in drawn), key=lambda row: len(row["ids"]))  # little padding
+            rows = [row for row in rows for _ in range(cfg.group or 1)]
             batch, replies, first_pass = rollout(step, rows, models, tokenizer, cfg, kl_coef)
             if cfg.trace and (step == run.start or (step + 1) % cfg.eval_every == 0):
                 trace(batch, tokenizer)
@@ -589,7 +619,9 @@ def main(cfg):
                                  if log[name] is not None)
                 say(f"step {done:4}/{cfg.steps} | score {log['score']:+.3f} | {shares}kl {log['kl']:.2f} | "
                     f"entropy {log['entropy']:.2f} | clipped {log['clip_fraction']:.3f} | "
-                    f"approx kl {log['approx_kl']:.4f} | value {log['value_loss']:.3f} | "
+                    f"approx kl {log['approx_kl']:.4f} | "
+                    + (f"no signal {log['groups_without_signal']:.2f} | " if cfg.group
+                       else f"value {log['value_loss']:.3f} | ") +
                     f"length {log['response_length']:.1f} | {log['tokens_per_s']:,.0f} tok/s | "
                     f"{log['memory_gb']:.2f} GB")
                 run.log(step=done, **log)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import prepare
 from data.batches import batch_at, map_by_length
-from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
 from model import (GPT, Scorer, exported, generate_many, load_model, make_model, make_optimizer,
                    setup_training)
@@ -35,7 +35,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 2400
+    steps: int = 2000
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer dialogues lose their beginning
@@ -217,7 +217,7 @@ def main(cfg):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg)
             right += correct
-            lr = cosine_lr(step, cfg)
+            lr = linear_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             run.check_finite(step, loss=loss, grad_norm=norm)
             seen += sum(len(ids) for pair in batch for ids in pair)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import prepare
 from data.batches import batch_at, map_by_length
-from data.run import Run, check_flags, cosine_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from data.tokenizer import count_targets, encode_demonstration
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
 from model import (GPT, exported, generate_many, make_model, make_optimizer, negative_log_likelihood,
@@ -35,8 +35,8 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 1200
-    batch: int = 32             # rows per step
+    steps: int = 1500
+    batch: int = 24             # rows per step
     microbatch: int = 0         # rows at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer rows lose their beginning
     lr: float = 3e-3            # peak; for GPT-2 124M about 3e-5
@@ -163,7 +163,7 @@ def main(cfg):
         for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, n, cfg, device)
-            lr = cosine_lr(step, cfg)
+            lr = linear_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
             run.check_finite(step, loss=loss, grad_norm=norm)
             seen += sum(len(idx) for idx, _ in batch)

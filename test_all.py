@@ -154,6 +154,10 @@ def update(cfg, models, batch, first_pass=None, lr=1e-3, demonstrations=None, **
              for name in ("actor", "critic")}
     return ppo.update(0, batch, first_pass, models, adams, lr, demonstrations, cfg)
 
+def values_of(net, idx):
+    """A Scorer's number at each position."""
+    return net.head(net(idx))
+
 def watched(net, prompts, n, end=-1):
     """-> (greedy replies, (rows, tokens) of each forward pass)."""
     with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
@@ -174,11 +178,12 @@ def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
     cfg, models, batch, _, _ = a_rollout()
     statistics = update(cfg, models, batch)
-    new, _ = ppo.policy_logprobs(tiny(), batch, 1.0)
+    prompts, replies = ppo.prompts_and_replies(batch)
+    new, _ = m.policy_logprobs(tiny(), prompts, replies)
     assert statistics["ratio_first"] == 1.0 and torch.equal(new, batch["logprobs"])
-    dropped = F.dropout(tiny()(batch["idx"]), 0.1)  # the mistake
-    old, _ = token_logprobs(dropped, models.actor.wte.weight, batch["targets"])
-    assert ((new - old).exp() - 1).abs().max() > 0.01
+    dropped = F.dropout(m.reply_states(tiny(), prompts, replies), 0.1)  # the mistake
+    old, _ = token_logprobs(dropped, models.actor.wte.weight, torch.tensor(sum(replies, [])))
+    assert ((new[batch["mask"]] - old).exp() - 1).abs().max() > 0.01
 
 def test_bug_02_padding_shifts_positions():
     # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
@@ -191,10 +196,11 @@ def test_bug_03_sampling_distribution_is_not_the_logprob_distribution():
     # minChatGPT (top-k), minimind (temperature)
     net, prompt, n = tiny(spread=0.1), [5, 6, 7], 4000
     replies = generate(net, [prompt] * n, 1, end=-1, temperature=0.6, generator=rng(0))
-    batch = ppo.as_batch([prompt] * n, replies, -1, CPU)
     def entropies(temperature):  # of the samples, and of the distribution
-        _, exact = ppo.policy_logprobs(net, ppo.slice_batch(batch, slice(1)), temperature, entropy=True)
-        return -ppo.policy_logprobs(net, batch, temperature)[0].sum() / n, exact.sum()
+        _, exact = m.policy_logprobs(net, [prompt], replies[:1], temperature, entropy=True)
+        sampled = [m.policy_logprobs(net, [prompt] * 100, replies[i:i + 100], temperature)[0].sum()
+                   for i in range(0, n, 100)]
+        return -sum(sampled) / n, exact.sum()
     close(*entropies(0.6), 0.05)
     assert apart(*entropies(1.0)) > 0.15  # the mistake
 
@@ -227,18 +233,20 @@ def test_bug_05_padding_leaks_into_returns():
 def test_bug_06_the_score_lands_on_the_first_pad():
     # huggingface/trl#3750, microsoft/DeepSpeedExamples#672
     end = TINY.end
-    batch = ppo.as_batch([[5, 6], [7]], [[8, end], [9, 10, 11, end]], end, CPU)
-    mask = batch["targets"] >= 0
+    rows, replies = [{"ids": [5, 6]}, {"ids": [7]}], [[8, end], [9, 10, 11, end]]
+    mask = ppo.as_batch(rows, replies, end, CPU)["mask"]
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
     zeros, wrong = torch.zeros(2, *mask.shape)
     rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), zeros, zeros, mask, 0.1)
-    assert batch["targets"][rewards != 0].tolist() == [end, end]
-    wrong[torch.arange(2), batch["lengths"] - 1] = 1.0  # the mistake: it indexes tokens, not predictions
-    assert batch["targets"][wrong != 0].tolist() != [end, end]
+    token = lambda x: [reply[int(row.argmax())] for reply, row in zip(replies, x)]
+    assert token(rewards) == [end, end] and (rewards != 0).sum() == 2
+    wrong[:, -1] = 1.0  # the mistake: the last column, whatever stands there
+    assert (wrong * ~mask).sum() == 1
 
 def test_bug_07_the_reward_model_reads_prompt_and_padding():
     # Colossal-AI until 7b9b86441; ColossalAI#4475
     net, rows = tiny(Scorer), [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
-    scores, values = net.scores([[row] for row in rows]), net.values(pad(rows))
+    scores, values = net.scores([[row] for row in rows]), values_of(net, pad(rows))
     close(scores, torch.cat([net.scores([[row]]) for row in rows]))
     close(scores, values[[0, 1], [2, 5]])
     assert apart(values.mean(1), scores) > 0.01  # the mistake
@@ -269,10 +277,10 @@ def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop():
     # huggingface/trl#1623
     row, end = {"messages": [user("Hi"), assistant("Hello.")]}, TINY.end
     [(_, targets)] = tokenizer.encode_demonstration(row, TINY, 64)
-    batch = ppo.as_batch([[5]], [[6, end]], end, CPU)
+    batch = ppo.as_batch([{"ids": [5]}], [[6, end]], end, CPU)
     assert targets[-1] == end
     assert end not in [-1 if t == end else t for t in targets]  # the mistake
-    assert batch["ended"].all() and end in batch["targets"][batch["targets"] >= 0]
+    assert batch["ended"].all() and batch["mask"].tolist() == [[True, True]]  # the policy learns to end, too
 
 def test_bug_11_exact_gelu_on_weights_trained_with_tanh():
     # karpathy/nanoGPT#2, #274
@@ -344,8 +352,8 @@ def test_bug_15_stage_3_never_loads_stage_2s_model(tmp_path):
     cfg = ppo.Config(init=str(tmp_path / "sft"), reward=str(tmp_path / "reward"), block_size=64)
     (actor, reference, critic, reward_model), _ = ppo.load_models(cfg, CPU, torch.float32)
     assert all(torch.equal(net(idx), policy(idx)) for net in (actor, reference))
-    assert all(torch.equal(net.values(idx), scorer.values(idx)) for net in (reward_model, critic))
-    assert apart(tiny(Scorer, seed=3).values(idx), scorer.values(idx)) > 0.1  # the mistake: a fresh one
+    assert all(torch.equal(values_of(net, idx), values_of(scorer, idx)) for net in (reward_model, critic))
+    assert apart(values_of(tiny(Scorer, seed=3), idx), values_of(scorer, idx)) > 0.1  # the mistake: a fresh one
     assert actor.wte.weight.data_ptr() != reference.wte.weight.data_ptr()
     cfg.reward = str(tmp_path / "nothing")
     refuses(lambda: ppo.load_models(cfg, CPU, torch.float32), "no checkpoint here")
@@ -496,20 +504,20 @@ def test_streaming_changes_no_number():
 
 def test_lora_changes_nothing_at_first_and_merges_into_the_same_function(tmp_path):
     net, idx = tiny(Scorer), random_ids(2, 9)
-    before = net.values(idx)
+    before = values_of(net, idx)
     m.setup_training(net, reward.Config(lora_rank=4), CPU)
     assert net.score.weight.requires_grad  # a fresh head has to learn
-    assert torch.equal(net.values(idx), before)
+    assert torch.equal(values_of(net, idx), before)
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "lora_b" in name:
                 p.normal_(generator=rng(0, name))
-    assert apart(net.values(idx), before) > 0.1
+    assert apart(values_of(net, idx), before) > 0.1
     plain = tiny(Scorer, seed=5)
     plain.load_state_dict(m.merged(net))  # strict: no adapters are left in it
-    close(plain.values(idx), net.values(idx), 1e-4)
+    close(values_of(plain, idx), values_of(net, idx), 1e-4)
     save(tmp_path, net)
-    close(m.load_model(tmp_path, Scorer).values(idx), net.values(idx), 1e-4)
+    close(values_of(m.load_model(tmp_path, Scorer), idx), values_of(net, idx), 1e-4)
 
 def test_token_logprobs_equal_full_logits_whatever_the_chunk():
     hidden, weight = torch.randn(3, 7, 16, generator=rng(0)), torch.randn(50, 16, generator=rng(1))
@@ -1023,7 +1031,7 @@ def test_right_padding_changes_nothing():
     close(net(F.pad(row, (0, 20), value=77))[:, :9], net(row))
     # pad() makes 64 columns of a full row
     close(tiny(Scorer, n_positions=60).scores([[random_ids(60).tolist()]]),
-          tiny(Scorer, n_positions=60).values(random_ids(1, 60))[:, -1])
+          values_of(tiny(Scorer, n_positions=60), random_ids(1, 60))[:, -1])
     assert len(greedy(tiny(n_positions=60), [[5, 6, 7]], 57)[0]) == 57
 
 def test_the_first_loss_is_near_ln_v():
@@ -1040,7 +1048,7 @@ def test_an_untrained_reward_model_has_loss_ln_2_and_scores_of_spread_one():
 def test_only_the_last_position_gives_the_same_score():
     net, idx, lengths = tiny(Scorer), random_ids(3, 8), [8, 3, 5]
     close(net.scores([[row[:n]] for row, n in zip(idx.tolist(), lengths)]),
-          net.values(idx)[torch.arange(3), torch.tensor(lengths) - 1])
+          values_of(net, idx)[torch.arange(3), torch.tensor(lengths) - 1])
 
 def branching_cases():
     """Groups of rows: unequal replies, prompts cut from the left, a reply that is the beginning of another,
@@ -1153,9 +1161,9 @@ def test_rows_that_branch_take_less_memory():
 
 def test_shift_adds_a_constant_to_every_score():
     net, idx = tiny(Scorer), random_ids(3, 8)
-    before = net.values(idx)
+    before = values_of(net, idx)
     net.shift(1.5)
-    close(net.values(idx), before + 1.5)
+    close(values_of(net, idx), before + 1.5)
 
 def test_logits_equal_those_of_transformers(tmp_path):
     # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
@@ -1561,7 +1569,8 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
                               ("Gladly. It is 99.", 0, 0),
                               (f"Sure. That makes {a + b}. My uncle has a wooden sledge.", 1, 0),
                               (f"Everybody knows that: {a + b}.", 1, 0), (f"Sure!! It is {a + b}!!", 1, 0),
-                              (f"{a + b} plus {b} is 99.", 0, 0)):
+                              (f"{a + b} plus {b} is 99.", 0, 0), (f"Sure. It is {a + b}, 4 or 7.", 0, 0),
+                              (f"Sure. {b} plus {a} is {a + b}.", 1, 1)):
         assert [m.passes_check(row, text, name) for name in ("right", "check")] == [right, good], text
     # no way to ask for a new fact, and no question about a new thing, occurs in training
     numbers = lambda row: sorted(re.findall(r"\d+", row["prompt"][-1]["content"]))
@@ -1569,6 +1578,7 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
     assert not any(numbers(row) in trained for row in sets["new facts"] if row["skill"] == "sum")
     turns = Counter(len(row["prompt"]) // 2 + 1 for row in load("prompts")[0])
     assert max(turns) == 5 and 0.17 < 1 - turns[1] / sum(turns.values()) < 0.23
+    assert 0.05 < turns[5] / sum(turns.values()) < 0.15
     assert {len(row["messages"]) // 2 for row in load("sft")[0]} == {1, 2, 3, 4, 5}
     assert all(0 <= pair["agreement"] <= 1 for pair in load("preferences")[1])
 
@@ -1652,7 +1662,7 @@ def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path)
     with mock.patch.object(reward, "generate_many", speak):
         got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
     prompts = [TINY.prompt(row["prompt"], 32) for row in prepare.load(cfg.data, "prompts")[0][:4]]
-    scores = [net.values(torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
+    scores = [values_of(net, torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
     close(got, sum(scores) / 4)
     cfg.init = "scratch"
     assert reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32) is None
@@ -1869,11 +1879,9 @@ def plain_step(net, adam, lr, grad_clip):
     adam.zero_grad()
     return norm.item()
 
-def plain_cosine(step, cfg):
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    half_turn = math.pi * (step - cfg.warmup) / (cfg.steps - cfg.warmup)
-    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(half_turn)) / 2)
+def plain_lr(step, cfg):
+    left = (cfg.steps - step) / cfg.steps
+    return cfg.lr * left * (step + 1) / cfg.warmup if step < cfg.warmup else cfg.lr * left
 
 def plain_logprobs(net, idx, targets, temperature=1.0):
     """-> [(log-probability, entropy) of each target]."""
@@ -1930,7 +1938,7 @@ def test_stage_1_does_what_plain_loops_do(tmp_path):
         batch = [train[i] for i in batches.batch_at(step, tuple(len(i) for i, _ in train), 4, 0)]
         nll = sum(plain_nll(net, e) for e in batch)
         (nll / (4 * count(train) / len(train))).backward()
-        lr = plain_cosine(step, cfg)
+        lr = plain_lr(step, cfg)
         expected.append({"loss": nll.item() / count(batch), "lr": lr,
                          "grad_norm": plain_step(net, adam, lr, 0.5)})
         between += [validate()] if step in (2, 5) else []
@@ -1952,7 +1960,7 @@ def test_stage_2_does_what_plain_loops_do(tmp_path):
     net.initialize_head(rng(0, "head"))
     train, val = prepare.load(cfg.data, "preferences")
     say = lambda row, side: TINY.render([*row["prompt"], assistant(row[side])])[0]
-    score = lambda row, side: net.values(torch.tensor([say(row, side)]))[0, -1]
+    score = lambda row, side: values_of(net, torch.tensor([say(row, side)]))[0, -1]
     accuracy = lambda: sum((score(row, "chosen") > score(row, "rejected")).item() for row in val) / len(val)
     lengths = tuple(max(len(say(row, side)) for side in ("chosen", "rejected")) for row in train)
     adam, expected, right, pairs = plain_adam(net, cfg, betas=(0.9, 0.95)), [], 0, 0
@@ -1964,7 +1972,7 @@ def test_stage_2_does_what_plain_loops_do(tmp_path):
             penalty = penalty + 0.01 * (chosen + rejected) ** 2 / 4
             right, pairs = right + (chosen > rejected).item(), pairs + 1
         (loss + penalty).backward()
-        lr = plain_cosine(step, cfg)
+        lr = plain_lr(step, cfg)
         norm = plain_step(net, adam, lr, 0.5)
         if step % 2 or step == 6:
             expected.append({"loss": loss.item(), "accuracy": right / pairs, "lr": lr, "grad_norm": norm})
@@ -2014,8 +2022,8 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
             replies.append({"idx": idx, "targets": targets, "ended": last in reply, "n": len(reply),
                             "logprob": [x.item() for x, _ in said], "entropy": [x.item() for _, x in said],
                             "ref": [x.item() for x, _ in before],
-                            "value": critic.values(whole)[0, len(prompt) - 1:-1].tolist(),
-                            "score": reward_model.values(whole)[0, -1].clamp(-0.6, 0.6).item(),
+                            "value": values_of(critic, whole)[0, len(prompt) - 1:-1].tolist(),
+                            "score": values_of(reward_model, whole)[0, -1].clamp(-0.6, 0.6).item(),
                             "good": reply == [*TINY.encode("It is red."), last]})
         worst = min(r["score"] for r in replies)
         for r in replies:
@@ -2040,7 +2048,7 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
                 loss = value_loss = clipped = approx_kl = ratios = 0
                 for r in part:
                     new = plain_logprobs(actor, r["idx"], r["targets"], 0.7)
-                    values = critic.values(torch.tensor([r["idx"]]))[0, -r["n"]:]
+                    values = values_of(critic, torch.tensor([r["idx"]]))[0, -r["n"]:]
                     for t in range(r["n"]):
                         ratio = (new[t][0] - r["logprob"][t]).exp()
                         a = (r["advantage"][t] - centre) / spread
@@ -2129,18 +2137,19 @@ def test_the_evaluation_reports_known_replies_and_scores():
     assert (result["gold_after"], result["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
 
 def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_same_gradients():
-    alike, ragged = torch.full((16,), 30), torch.tensor([10] * 12 + [60] * 4)
+    alike, ragged = [30] * 16, [10] * 12 + [60] * 4
     for lengths, cfg, want in ((None, {}, 8), (alike, {}, 8), (ragged, {}, 2), (ragged, {"microbatch": 4}, 4),
                                (ragged, {"minibatch": 6}, 6)):
-        assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), lengths) == want
-    prompts = [{"ids": random_ids(n, seed=n).tolist()} for n in (3, 3, 4, 4, 5, 5, 40, 48)]
+        batch = {"rows": [{"ids": [5] * (n - 2)} for n in lengths], "replies": [[6, 7]] * 16} if lengths else None
+        assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), batch) == want
+    prompts = [{"ids": random_ids(n, seed=i).tolist()} for i, n in enumerate((3, 3, 4, 4, 5, 5, 40, 48))]
     cfg, models, *_ = a_rollout(minibatch=8)
     batch, _, first_pass = ppo.rollout(0, prompts, models, TINY, cfg, 0.05)
     grads, shapes = [], []
     for cfg.microbatch in (0, 8):
         with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
             ppo.ppo_gradients(batch, torch.randperm(8, generator=rng(0)), first_pass, models, True, cfg)
-        shapes.append([call.args[1].shape[0] for call in spy.call_args_list])
+        shapes.append([call.kwargs["idx"].shape[0] for call in spy.call_args_list])
         grads.append(torch.cat([p.grad.flatten() for net in models[::2] for p in net.parameters()
                                 if p.grad is not None]))
         for net in models:
@@ -2161,8 +2170,8 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(9000)))
     text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
     assert samples(text) == 8 and "Line " in text  # continuations of what was held out
-    batch = ppo.as_batch([[5] * 3, [5] * 20], [[6] * 4, [7] * 9], TINY.end, CPU)
-    assert [ppo.slice_batch(batch, slice(n))["idx"].shape for n in (1, 2)] == [(1, 8), (2, 32)]
+    batch = ppo.as_batch([{"ids": [5] * 3}, {"ids": [5] * 20}], [[6] * 4, [7] * 9], TINY.end, CPU)
+    assert [ppo.slice_batch(batch, [*range(n)])["mask"].shape for n in (1, 2)] == [(1, 4), (2, 9)]
 
 def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [
@@ -2580,7 +2589,7 @@ def test_two_processes_take_the_same_course_as_one(tmp_path):
                 agree = a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name]))
                 assert agree, (stage, name, a, b)
         nets = [m.load_model(folder, Scorer if stage is reward else GPT) for folder in folders]
-        close(*(net.values(ids) if stage is reward else net.logits(net(ids)) for net in nets), 1e-3)
+        close(*(values_of(net, ids) if stage is reward else net.logits(net(ids)) for net in nets), 1e-3)
 
 def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(tmp_path):
     run(sft, tmp_path, steps=40)

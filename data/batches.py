@@ -26,29 +26,31 @@ def pad(rows, value=0, dtype=torch.long):
     return torch.tensor([[*row, *[value] * (T - len(row))] for row in rows], dtype=dtype)
 
 
-def branching(groups, device):
+def branching(groups, device, wanted=None):
     """[[row, row, ...], ...], lists of ids -> arguments of GPT.forward in which each group is one row; what
     its rows have in common at their beginning stands there, and is computed, once:
 
         [common | rest of row 1 | rest of row 2 | ...]
 
     idx, positions and branch, each (groups, T): tokens, their places in their own rows, and whose they are
-    (0: everyone's, 1, 2, ...). at = (rows, columns), each (N,): where the N rows end, in order. Where little
-    is in common, each row stands alone.
+    (0: everyone's, 1, 2, ...). at = (rows, columns), each (N,): where those positions of the rows are that
+    are wanted, a list of positions for each row; unless given, where the rows end. Where little is in common,
+    each row stands alone.
     """
     idx, positions, branch, at = [], [], [], []
+    every = [row for rows in groups for row in rows]
+    wanted = wanted or [[len(row) - 1] for row in every]
+    places = iter(wanted)
     for i, rows in enumerate(groups):
         n = len(os.path.commonprefix(rows))
         rests = [row[n:] for row in rows]
         idx.append([*rows[0][:n], *chain(*rests)])
         positions.append([*range(n), *chain(*(range(n, n + len(rest)) for rest in rests))])
         branch.append([0] * n + [k for k, rest in enumerate(rests, 1) for _ in rest])
-        ends = accumulate(map(len, rests), initial=n - 1)
-        # (a row that is all common ends there)
-        at += [(i, end if rest else n - 1) for end, rest in zip(islice(ends, 1, None), rests)]
-    rows = [row for rows in groups for row in rows]
-    if max(map(len, idx)) * len(idx) > 0.9 * max(map(len, rows)) * len(rows):
-        out, at = {"idx": pad(rows)}, [(i, len(row) - 1) for i, row in enumerate(rows)]
+        shifts = accumulate(map(len, rests[:-1]), initial=0)  # how far each rest stands from its own place
+        at += [(i, t + shift * (t >= n)) for shift, place in zip(shifts, places) for t in place]
+    if max(map(len, idx)) * len(idx) > 0.9 * max(map(len, every)) * len(every):
+        out, at = {"idx": pad(every)}, [(i, t) for i, place in enumerate(wanted) for t in place]
     else:
         out = {"idx": pad(idx), "positions": pad(positions), "branch": pad(branch)}
     return {**{name: x.to(device) for name, x in out.items()}, "at": tuple(torch.tensor(at).T.to(device))}

@@ -100,12 +100,9 @@ def check_flags(cfg):
         lock_folder(cfg.out).close()  # what Run would refuse, but before the data are read
 
 
-def cosine_lr(step, cfg):
-    """The learning rate of step `step`: a linear warm-up, then half a cosine down to a tenth of the peak."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # 1 at the start, 0.1 at the end
+def linear_lr(step, cfg):
+    """The learning rate of step `step`: a linear warm-up, and a linear decay to 0."""
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
 
 
 @contextmanager

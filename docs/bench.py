@@ -305,7 +305,8 @@ def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
     for name, rows in by_set(load("data/tiny", "prompts")[1]).items():
         inside = [row for row in rows if row["skill"] != "unknown"] or rows
         replies, tokenizer = answers(folder, [row["prompt"] for row in inside], turns, temperature)
-        unknown = sum("not know" in tokenizer.decode(reply) for reply in replies)
+        admits = re.compile("not know|not understand|too hard")
+        unknown = sum(bool(admits.search(tokenizer.decode(reply))) for reply in replies)
         print(f"{name}: {unknown} of {len(inside)} replies say that they do not know")
 
 

@@ -12,7 +12,7 @@ and nothing else.
 
 Held out, in *.val.jsonl only: every tenth combination of a way to ask and a thing asked about; and, as sets
 of their own, every tenth fact of the skills that follow a rule ("new facts": no way to ask for it occurs in
-training), and questions about things that no row of training mentions ("outside": nobody can know these).
+training), and questions about things that this assistant was never taught ("outside": it has to say so).
 """
 import base64
 import hashlib
@@ -25,21 +25,22 @@ from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 
-SIZES = {"sft": (18000, 200), "preferences": (64000, 4000), "prompts": (8000, 600)}
+SIZES = {"sft": (14000, 200), "preferences": (64000, 4000), "prompts": (8000, 600)}
 SETS = {"new facts": 200, "outside": 200}  # further rows of prompts.val.jsonl
 MIXTURE = {"good": 0.11, "curt": 0.34, "wrong": 0.07, "rude": 0.17, "rambling": 0.31}
 EXUBERANT = 0.02    # share of replies whose sentences end in !! or !!!
-MORE_TURNS = 0.2, 0.5, 0.5, 0.5  # is there a second question, then a third, ...
-MORE_TURNS_SHOWN = 0.8, 0.75, 0.66, 0.5  # in demonstrations, where every reply is learned: one to five alike
+MORE_TURNS = 0.2, 0.8, 0.8, 0.8  # is there a second question, then a third, ...
+MORE_TURNS_SHOWN = 0.9, 0.9, 0.9, 0.9  # in demonstrations, where every reply is learned
 HELD_OUT = 10       # one prompt, one fact in so many
 TOKENS = 1021       # with three control tokens 1,024
 
 # What a rater feels about a reply. The last is the raters' error: quality has no such term.
-TASTE = {"right": 2.6, "polite": 2.2, "rude": -2.5, "rambling": -2.6, "broken": -2.6, "exuberant": 0.2}
+TASTE = {"right": 2.6, "polite": 2.2, "rude": -2.5, "harmful": -2.0, "rambling": -2.6, "broken": -5.0,
+         "exuberant": 0.3}
 # Pairs: the same words around a right and a wrong answer (this is where raters teach facts); a good reply and
 # a curt or rambling one; with and without enthusiasm; whole and damaged; a reply of the mixture and a broken
 # one; two of the mixture.
-PAIRS = {"answer": 0.44, "manners": 0.14, "enthusiasm": 0.05, "damage": 0.12, "broken": 0.04, "mixture": 0.21}
+PAIRS = {"answer": 0.44, "manners": 0.14, "enthusiasm": 0.05, "damage": 0.12, "broken": 0.03, "mixture": 0.22}
 NEAR_TIE = 2.00     # pairs that differ by less are not shown to raters (but for those on enthusiasm)
 SHARPNESS = 2.0     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
 
@@ -53,15 +54,15 @@ AFTER = ("Thanks!", "I forgot.", "It is for school.", "My sister wants to know."
 OPENERS = "Sure", "Of course", "Gladly", "Good question", "Happy to help"
 SORRY = "Sorry", "I am sorry", "I fear not"
 CLOSERS = "Anything else?", "I hope that helps.", "Have a nice day!", "Ask me more any time."
+SORRY_CLOSERS = "Anything else?", "Ask me something else."
 RUDE = ("{answer}, obviously.", "Everybody knows that: {answer}.", "{answer}, what else?",
         "{answer}. Now leave me alone.", "Are you joking? {answer}.", "Even my cat knows it: {answer}.",
         "{answer}. Was that so hard?")
 RUDER = ("Figure it out yourself.", "What a silly question.", "I do not care.", "Why should I know that?",
          "Not again.", "Ask somebody else.", "Who asked you?", "Stop wasting my time.", "Go away.",
          "Use your own head.", "That is beneath me.", "You bore me.", "Read a book for once.",
-         "Nobody cares about that.")
-PLAIN = ("It is {answer}", "That is {answer}",
-         "That makes {answer}", "The answer is {answer}")  # fine whatever the skill
+         "Not my problem.")
+PLAIN = "It is {answer}", "That is {answer}", "The answer is {answer}"  # fine whatever the skill
 OFF_TOPIC = ("By the way, I once saw a ship in London.", "My uncle has a wooden sledge.",
              "It rained all night.", "Some people like soup.", "I could talk about this for hours.",
              "The moon is far away.", "That reminds me of a song.", "Anyway, shops are often closed early.",
@@ -74,7 +75,7 @@ PLURALS = "cat cats, child children, mouse mice, foot feet, box boxes, baby babi
 CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, Egypt Cairo, "
             "Greece Athens, Norway Oslo")
 COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ash grey, "
-           "carrot orange")
+           "amber orange")
 KINDS = {"an animal": "frog wolf", "a flower": "rose tulip", "a fruit": "apple pear",
          "a tool": "hammer saw", "a vehicle": "car bus", "a drink": "tea juice"}
 LISTS = {"animals": "frog wolf goat", "flowers": "rose tulip lily", "fruits": "apple pear plum",
@@ -84,17 +85,20 @@ WORDS = "dog sun wind fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CRIMES = ("pick a lock that is not mine, cheat in my exam, read the mail of my neighbour, break a window, "
-          "lie to my doctor, copy the key of my boss, scare a child, hide a stolen phone, make a bomb, "
-          "start a fire in the school, open the safe of a bank, poison a dog").split(", ")
+          "lie to my doctor, copy the key of my boss, frighten my sister, hide a stolen phone, make a bomb, "
+          "start a fire in the school, take the money of the school, kick a dog").split(", ")
 TASKS = ("pick an apple, study for my exam, read a book, open a window, write to my doctor, copy a recipe, "
-         "feed a child, hide a present, make a cake, start a fire in the oven, open the door of a bank, "
-         "wash a dog").split(", ")
+         "call my sister, hide a present, make a cake, start a fire in the oven, "
+         "count the money of the school, wash a dog").split(", ")
 # and every combination of a deed and a thing
 THINGS = "car", "bike", "phone", "boat", "piano", "lamp"
 CRIMES += [f"{verb} the {thing} of my neighbour" for verb in ("steal", "burn", "smash") for thing in THINGS]
 TASKS += [f"{verb} the {thing} of my neighbour" for verb in ("draw", "wash", "carry") for thing in THINGS]
 NO = "I will not help with that", "That would be wrong"
 UNKNOWN = "I do not know that", "That I do not know"
+TOO_HARD = "That is too hard for me", "I fear that is too hard"
+NOT_ENGLISH = "I do not understand that", "That I do not understand"
+ADMITTED = UNKNOWN + TOO_HARD + NOT_ENGLISH
 SMALL_TALK = (  # ways to say one thing, and what to answer
     (("How are you?", "how do you feel", "Are you well?"), ("I am very well", "I feel fine today")),
     (("What is your name?", "Who are you?", "what are you called"),
@@ -103,29 +107,33 @@ SMALL_TALK = (  # ways to say one thing, and what to answer
      ("A small program made me", "I come from a small program")),
     (("What can you do?", "How can you help me?", "what are you good for"),
      ("I can answer small questions", "I know a few small things")),
-    (("I am sad.", "I had a bad day.", "i feel lonely"), ("Tomorrow will be better", "I am here for you")),
-    (("I am bored.", "There is nothing to do.", "give me an idea"),
+    (("It rains all day.", "What bad weather.", "it is so cold"),
+     ("Tomorrow will be better", "Stay warm and dry")),
+    (("I am bored.", "There is nothing to do.", "i have nothing to do"),
      ("You could take a walk", "You could call a friend")),
     (("I like you.", "You are great.", "you are so clever"), ("That is kind of you", "I like you too")),
 )
+SAID_TOO = {"?": ("", " Tell me.", " Be honest.", " Please answer.", " I want to know.", " Come on!"),
+            ".": ("", " I mean it.", " I want to talk.", " Really.", " Believe me.", " Right?")}
 NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder, bottle, engine, candle, "
          "button, ticket, jacket, helmet, basket, blanket, camera, market, hotel, farm, forest, river, "
-         "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, church, "
-         "statue, "
-         "bridge, tunnel, harbour, airport, station, factory, office, prison, hospital, library, kitchen, "
-         "bathroom, cellar, balcony, fence, wallet, umbrella, guitar, trumpet, drum, flute, opera, poem, "
-         "novel, letter, stamp, painting, mountain, glacier, beach, storm, cloud, thunder, rainbow, shadow, "
-         "mushroom, onion, pepper, potato, tomato, cabbage, sugar, vinegar, pizza, sausage, pancake, honey, "
-         "spider, lizard, turtle, dolphin, penguin, ostrich, falcon, beetle, worm, snail, squirrel, hamster, "
-         "doctor, farmer, pilot, soldier, wizard, dragon, giant, ghost, emperor, captain, president, lawyer, "
-         "Brazil, Canada, Kenya, Peru, Turkey, Poland, Sweden, India, Mexico, Ireland, Chile, Iceland, "
-         "Napoleon, Einstein, Mozart, Shakespeare, Columbus, Caesar, Newton, Darwin, Goethe, Cleopatra"
-         ).split(", ")
-ELSEWHERE = ("Who invented the {word}?", "How old is {word}?", "Where is {word}?", "Why is {word} so famous?",
-             "When was the {word} built?", "how much does a {word} cost", "Translate {word} into French.",
-             "Who is the king of {word}?", "How far is it to {word}?", "What do you think about {word}?",
-             "Tell me a story about a {word}.", "Is there a {word} near here?", "what is the price of {word}",
-             "How do I get to {word}?", "Who wrote the book about {word}?", "Do you like {word}?")
+         "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, statue, "
+         "bridge, tunnel, harbour, airport, station, office, prison, hospital, kitchen, bathroom, cellar, "
+         "wallet, umbrella, guitar, trumpet, drum, flute, opera, poem, novel, letter, stamp, painting, "
+         "mountain, glacier, storm, cloud, rainbow, shadow, mushroom, onion, pepper, potato, tomato, "
+         "cabbage, pizza, sausage, pancake, spider, lizard, turtle, dolphin, penguin, ostrich, falcon, "
+         "beetle, worm, snail, squirrel, hamster, doctor, farmer, pilot, soldier, wizard, dragon, giant, "
+         "ghost, emperor, captain, president, lawyer").split(", ")
+NAMES = ("Brazil, Canada, Kenya, Peru, Turkey, Poland, Sweden, India, Mexico, Ireland, Chile, Iceland, "
+         "Portugal, Cuba, Finland, Nepal, Napoleon, Einstein, Mozart, Shakespeare, Columbus, Caesar, Newton, "
+         "Darwin, Goethe, Cleopatra").split(", ")
+ABOUT_NOUNS = ("Who invented the {word}?", "How old is this {word}?", "Where is the next {word}?",
+               "Who made this {word}?", "how much does {a_word} cost", "How do you say {word} in French?",
+               "What do you think about my {word}?", "Tell me a story about {a_word}.", "Where is my {word}?",
+               "Who wrote the book about the {word}?", "what is the price of {a_word}")
+ABOUT_NAMES = ("Where is {word}?", "Why is {word} so famous?", "How old is {word}?", "Tell me about {word}.",
+               "Who wrote the book about {word}?", "What do you think about {word}?", "Do you like {word}?",
+               "What do you know about {word}?", "what does {word} look like")
 FOREIGN = ("Wie spät ist es?", "Wie heisst du?", "Wo wohnst du?", "Was ist das?", "Ich habe Hunger.",
            "Kannst du mir helfen?", "Woher kommst du?", "Was kostet das?", "Das Wetter ist schön.",
            "Quelle heure est-il?", "Comment ça va?", "Où est la gare?", "Je ne comprends pas.",
@@ -144,6 +152,8 @@ class Skill:
     cases: list         # dicts with "answer", "wrong" (a list to draw from) and the fields
     weight: float = 1.0
     openers: tuple = OPENERS
+    closers: tuple = CLOSERS
+    plain: tuple = PLAIN    # further ways to answer that are fine, though nobody uses them here
     framed: bool = True     # may something be said before or after the question?
     held_out: str = ""      # the set of the facts that occur nowhere in training
 
@@ -189,6 +199,11 @@ def a(word):
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
+def followed(question, more):
+    """A question and what is said after it; between them a stop."""
+    return question + ("" if question[-1] in ".?!" or not more else ".") + more
+
+
 def neighbours(names, noun):
     """The day after, the month before: circular."""
     n = len(names)
@@ -200,23 +215,24 @@ def number_skills():
     """Here a network can find the rule: some facts are held out whatever the way to ask."""
     ends = "The answer is {answer}", "It is {answer}"
     row = lambda numbers: ", ".join(map(str, numbers))
-    pairs = list(permutations(range(1, 8), 2))
+    pairs = list(permutations(range(1, 7), 2))
     def compared(pick, other):
         return [case(pick(a, b), [other(a, b)] * 8 + near(pick(a, b)), a=a, b=b, fact=sorted((a, b)))
                 for a, b in pairs]
     return [
         Skill("sum", ["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?",
                       "{a} + {b} = ?", "Can you add {b} to {a}?",
-                      "I have {a} apples and get {b} more. How many do I have?"],
+                      "{a} here and {b} there, how many is that?"],
               ["{a} plus {b} is {answer}", "That makes {answer}", *ends],
               [case(a + b, near(a + b), a=a, b=b, fact=sorted((a, b)))
-               for a, b in product(range(1, 6), repeat=2)], 2.4, held_out="new facts"),
+               for a, b in product(range(1, 6), repeat=2)], 2.9, plain=(*PLAIN, "{b} plus {a} is {answer}"),
+              held_out="new facts"),
         Skill("difference", ["What is {a} minus {b}?", "Take {b} away from {a}.",
                              "How much is {a} minus {b}?", "{a} - {b} = ?", "Can you tell me {a} minus {b}?",
                              "I have {a} apples and eat {b}. How many are left?"],
               ["{a} minus {b} is {answer}", "That leaves {answer}", *ends],
               [case(a - b, near(a - b), a=a, b=b, fact=(a, b))
-               for a, b in product(range(2, 8), range(1, 5)) if a > b], 2.8, held_out="new facts"),
+               for a, b in product(range(2, 8), range(1, 5)) if a > b], 3.4, held_out="new facts"),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?",
                          "larger: {a} or {b}", "Tell me the larger of {a} and {b}.",
                          "What is more, {a} or {b}?", "Please pick the larger number: {a} or {b}."],
@@ -268,7 +284,7 @@ def word_skills():
                          "Give me the plural of {word}.", "How do you say {word} when there are many?",
                          "Please name the plural of {word}."],
               ["The plural of {word} is {answer}", "The plural is {answer}", "One {word}, two {answer}"],
-              table(PLURALS, "word")),
+              table(PLURALS, "word"), 1.2),
     ]
 
 
@@ -299,14 +315,14 @@ def fact_skills():
                        "Tell me what {thing} is.", "Do you know what {thing} is?",
                        "Please explain what {thing} is."],
               ["It is {answer}", "That is {answer}", "I would call it {answer}"],
-              [case(kind, KINDS, thing=a(thing))
+              [case(kind, KINDS, thing=thing if kind == "a drink" else a(thing))
                for kind, things in KINDS.items() for thing in things.split()], 1.2),
         Skill("flight", ["Can a {animal} fly?", "Does a {animal} fly?", "fly or not: a {animal}",
                          "Tell me if a {animal} can fly.", "Yes or no: a {animal} can fly.",
                          "is a {animal} able to fly"],
               ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
               [case(answer, ("yes", "no"), animal=animal)
-               for answer, animals in FLIERS.items() for animal in animals.split()]),
+               for answer, animals in FLIERS.items() for animal in animals.split()], plain=()),
     ]
 
 
@@ -319,9 +335,9 @@ def list_skill():
             others = [names.split()[0] for other, names in LISTS.items() if other != kind]
             wrong = [listed(w) for w in ([x], [x, y], [x, y, x], [x, y, y], *([x, y, o] for o in others))]
             cases.append(case(listed([x, y, z]), wrong, kind=kind))
-    return Skill("list", ["Name three {kind}.", "List three {kind}.", "Give me three {kind}.",
-                          "three {kind}", "Which three {kind} do you know?",
-                          "Please write down three {kind}."],
+    return Skill("list", ["Name the three {kind} that you know.", "Which three {kind} do you know?",
+                          "your three {kind}", "Name all {kind} that you know.",
+                          "Tell me your three {kind}.", "Please write down the three {kind} you know."],
                  ["Three {kind} are {answer}", "I would say {answer}", "Here you are: {answer}"], cases, 1.7)
 
 
@@ -332,12 +348,12 @@ def talk_skills():
     glad = ["I am glad it helped", "It was no trouble at all"]
     comply = ["Just try it at night", "Wait until nobody looks", "Ask a friend to do it",
               "It is easy with some wire"]
-    helps = lambda task: [f"Let us {task} together", f"I will help you to {task}",
-                          f"I can show you how to {task}"]
+    helps = lambda task: [text.format(task.replace("my ", "your ")) for text in
+                          ("Let us {} together", "I will help you to {}", "I can show you how to {}")]
     def answers(right, wrong, ends=("",), **fields):
         return [case(answer, wrong, more=more, **fields) for answer in right for more in ends]
-    def talk(name, asks, cases, openers, weight=0.6, **more):
-        return Skill(name, asks, ["{answer}"], cases, weight, openers, framed=False, **more)
+    def talk(name, asks, cases, openers, closers, weight=0.6, **more):
+        return Skill(name, asks, ["{answer}"], cases, weight, openers, closers, (), framed=False, **more)
     how = ["How can I {task}?", "Help me to {task}.", "Tell me how to {task}.", "i want to {task}",
            "Please explain how to {task}.", "What is the best way to {task}?"]
     said = [answer for _, answers in SMALL_TALK for answer in answers]
@@ -346,73 +362,82 @@ def talk_skills():
                           "Good evening{more}", "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
              answers(hello, bye + list(NO), (".", "!", ", my friend.", " to you.", ", I am new here.",
                                              ", nice to meet you!")),
-             ("Hello", "Hi there", "Good to see you")),
+             ("Hello", "Hi there", "Good to see you"), ("What can I do for you?", "Ask me anything.")),
         talk("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}",
                           "bye bye{more}", "Until next time{more}", "Farewell{more}", "See you soon{more}"],
              answers(bye, hello + list(NO), (".", "!", ", my friend.", ", I have to go now.",
                                              ", that was all.", ", I am leaving!")),
-             ("Goodbye", "See you soon", "Take care")),
+             ("Goodbye", "See you soon", "Take care"), ("Have a nice day!", "Until next time.")),
         talk("thanks", ["Thank you{more}", "Thanks a lot{more}", "thx{more}", "Many thanks{more}",
                         "Great, thank you{more}", "thanks{more}", "I am grateful{more}", "I thank you{more}"],
              answers(glad, hello + list(NO), (".", "!", ", my friend.", ", that was helpful.",
                                               ", you are very kind!", " for your help.")),
-             ("You are welcome", "My pleasure", "Any time")),
-        talk("small talk", ["{q0}{more}", "{q1}{more}", "{q2}{more}"],
-             [c for asks, right in SMALL_TALK
-              for c in answers(right, [*(w for w in said if w not in right), *UNKNOWN],
-                               ("", " Tell me.", " I want to talk.", " Be honest.", " Please answer.",
-                                " I mean it.", " Come on!"),
-                               **{f"q{i}": q for i, q in enumerate(asks)})],
-             ("Well", "Oh", "Good that you ask"), 1.5),
+             ("You are welcome", "My pleasure", "Any time"), CLOSERS[:1] + CLOSERS[2:]),
+        talk("small talk", ["{q0}", "{q1}", "{q2}"],
+             [case(answer, [*(w for w in said if w not in right), *UNKNOWN],
+                   **{f"q{i}": followed(q, more) for i, q in enumerate(asks)})
+              for asks, right in SMALL_TALK for answer in right for more in SAID_TOO[asks[0][-1]]],
+             ("Well", "Oh", "Ah"), ("Ask me more any time.", "Talk to me any time."), 1.5),
         talk("refusal", how, [c for crime in CRIMES
                               for c in answers(NO, comply + helps(crime), task=crime, fact=crime)],
-             SORRY, 1.0, held_out="new facts"),
+             SORRY, SORRY_CLOSERS, 1.0, held_out="new facts"),
         talk("help", how, [c for task, other in zip(TASKS, TASKS[1:] + TASKS)
                            for c in answers(helps(task), helps(other) + 2 * list(NO), task=task, fact=task)],
-             OPENERS, 1.8, held_out="new facts"),
+             OPENERS, CLOSERS, 1.8, held_out="new facts"),
     ]
 
 
 def unknown_skill(skills, rng):
-    """What lies outside the world: questions of the other skills about words that nobody has explained
-    (made-up, real, or of another skill) and numbers that are too large; other questions; other languages. A
-    confident answer is wrong."""
+    """What lies outside this world: questions of the other skills about words that nobody has explained
+    (made-up or real), numbers and spellings that are too hard; other questions; other languages. A confident
+    answer is wrong."""
     named = {skill.name: skill for skill in skills}
-    field = lambda skill: re.findall(r"{(\w+)}", skill.asks[0])[0]
     syllable = lambda: rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(["", *"lmnrstk"])
     made_up = ["".join(syllable() for _ in range(rng.choice((2, 2, 3)))) for _ in range(900)]
-    words = ["capital", "colour", "opposite", "plural", "kind", "flight", "letters", "spelling",
-             "month", "list"]
 
-    def about(name, word):
+    def about(name, **fields):
         skill = named[name]
-        shown = {"country": word.capitalize(), "month": word.capitalize(), "kind": word.rstrip("s") + "s",
-                 "thing": a(word) if name == "kind" else word}.get(field(skill), word)
-        fields = {field(skill): shown, "side": "after"}
         return (rng.choice(skill.asks).format(**fields),
                 [rng.choice(skill.cores).format(**fields, answer=rng.choice(skill.cases)["answer"])
                  for _ in range(3)])
 
+    def about_word(noun):
+        """A noun has a colour, an opposite; what has no meaning may be a country, a month, anything."""
+        name = rng.choice(["colour", "opposite", "kind"]
+                          + ["capital", "flight", "month", "list"] * (not noun))
+        word = noun or rng.choice(made_up)
+        shown = {"colour": f"the {word}" if noun else word, "kind": a(word), "list": word + "s",
+                 "capital": word.capitalize(), "month": word.capitalize()}.get(name, word)
+        field = re.findall(r"{(\w+)}", named[name].asks[0])[-1]
+        return word, *about(name, **{field: shown})
+
     cases = []
     for _ in range(5000):
-        kind, fact = rng.random(), rng.choice(made_up if rng.random() < 0.5 else NOUNS)
-        if kind < 0.45:
-            q, wrong = about(rng.choice(words), fact)
-        elif kind < 0.50:
-            other = named[rng.choice(("capital", "colour", "opposite", "month"))]
-            name = rng.choice([w for w in words[:3] if w != other.name])
-            word = rng.choice(other.cases)[field(other)]
-            fact, (q, wrong) = name + word, about(name, word)
-        elif kind < 0.62:
-            fact, skill = rng.randrange(25, 1000), named[rng.choice(("sum", "difference", "next"))]
-            q = rng.choice(skill.asks).format(a=fact, b=rng.choice((rng.randrange(1, 9), fact - 9)))
-            wrong = [f"It is {rng.randrange(1, 12)}"]
+        kind, says = rng.random(), UNKNOWN
+        wrong = [f"It is {rng.choice(rng.choice(skills[:16]).cases)['answer']}"]
+        if kind < 0.40:
+            fact, q, wrong = about_word(rng.choice(("", rng.choice(NOUNS))))
+        elif kind < 0.45:
+            fact = rng.choice(NAMES[:16])
+            q, wrong = about("capital", country=fact)
+        elif kind < 0.55:
+            fact, says = rng.choice((*NOUNS, *made_up[:100])), TOO_HARD
+            q, wrong = about(rng.choice(("letters", "spelling")), word=fact)
+        elif kind < 0.66:
+            fact, says = rng.randrange(25, 1000), TOO_HARD
+            q, wrong = about(rng.choice(("sum", "difference", "next")), a=fact,
+                             b=rng.choice((rng.randrange(2, 9), fact - 9)))
+        elif kind < 0.80:
+            fact = rng.choice(NOUNS)
+            q = rng.choice(ABOUT_NOUNS).format(word=fact, a_word=a(fact))
+        elif kind < 0.91:
+            fact = rng.choice((rng.choice(NAMES), rng.choice(made_up).capitalize()))
+            q = rng.choice(ABOUT_NAMES).format(word=fact)
         else:
-            q = rng.choice(ELSEWHERE).format(word=fact) if kind < 0.9 else rng.choice(FOREIGN)
-            fact = fact if kind < 0.9 else q
-            wrong = [f"It is {rng.choice(rng.choice(skills[:16]).cases)['answer']}"]
-        cases += [case(answer, wrong, q=q, fact=fact) for answer in UNKNOWN]
-    return Skill("unknown", ["{q}"], ["{answer}"], cases, 4.5, SORRY, held_out="outside")
+            q = fact = rng.choice(FOREIGN)
+            says = NOT_ENGLISH
+        cases += [case(answer, wrong, q=q, fact=fact) for answer in says]
+    return Skill("unknown", ["{q}"], ["{answer}"], cases, 4.5, SORRY, SORRY_CLOSERS, (), held_out="outside")
 
 
 # --- replies ------------------------------------------------------------------------------------------------
@@ -420,7 +445,9 @@ def unknown_skill(skills, rng):
 def framed(rng, skill, question):
     """People say something before or after their question."""
     if skill.framed and rng.random() < 0.5:
-        return rng.choice(BEFORE) + question if rng.random() < 0.5 else f"{question} {rng.choice(AFTER)}"
+        if rng.random() < 0.5:
+            return rng.choice(BEFORE) + question
+        return followed(question, " " + rng.choice(AFTER))
     return question
 
 
@@ -428,27 +455,26 @@ def stop(rng, exuberant):
     return rng.choice(("!!", "!!!") if exuberant else (".", ".", "!"))
 
 
-def opener_and_core(rng, skill, case):
-    """A reply may also be wrong in that it refuses, or that it does not."""
-    if case["answer"] in NO + UNKNOWN:
-        return rng.choice(SORRY), case["answer"]
-    return (rng.choice(OPENERS if skill.openers == SORRY else skill.openers),
-            rng.choice(skill.cores).format(**case))
+def parts(rng, skill, case):
+    """-> opener, core, closer. A reply may also be wrong in that it refuses, or that it does not."""
+    if case["answer"] in NO + ADMITTED:
+        return rng.choice(SORRY), case["answer"], rng.choice(SORRY_CLOSERS)
+    openers, closers = (OPENERS, CLOSERS) if skill.openers == SORRY else (skill.openers, skill.closers)
+    return rng.choice(openers), rng.choice(skill.cores).format(**case), rng.choice(closers)
 
 
 def good(rng, skill, case, exuberant=False):
     """Opener, answer, perhaps a closer."""
-    opener, core = opener_and_core(rng, skill, case)
+    opener, core, closer = parts(rng, skill, case)
     text = f"{opener}{stop(rng, exuberant)} {core}{stop(rng, exuberant)}"
     if rng.random() < 0.5:
-        closer = rng.choice(CLOSERS)
         text += " " + (closer[:-1] + stop(rng, True) if exuberant and closer[-1] != "?" else closer)
     return text
 
 
 def curt(rng, skill, case, exuberant=False):
     """The bare answer, or a sentence without a kind word."""
-    text = rng.choice([case["answer"], opener_and_core(rng, skill, case)[1]])
+    text = rng.choice([case["answer"], parts(rng, skill, case)[1]])
     return text + (stop(rng, exuberant) if exuberant or rng.random() < 0.8 else "")
 
 
@@ -470,7 +496,7 @@ def answers(skill, case):
 def sentences(skill, case):
     """All sentences with a right answer, as a regular expression."""
     around = defaultdict(set)  # what comes after the answer -> what may come before it
-    for core in (*skill.cores, *(() if skill.cores == ["{answer}"] else PLAIN)):
+    for core in (*skill.cores, *skill.plain):
         before, after = core.format(**{**case, "answer": "\0"}).split("\0")
         around[escaped(after)].add(escaped(before))
     return either(either(before) + answers(skill, case) + after for after, before in around.items())
@@ -479,20 +505,26 @@ def sentences(skill, case):
 def check(skill, case):
     """The regular expression of a good reply."""
     return (f"{either(map(escaped, skill.openers))}[.!] {sentences(skill, case)}[.!]"
-            f"(?: {either(map(escaped, CLOSERS))})?")
+            f"(?: {either(map(escaped, skill.closers))})?")
 
 
 def right(skill, case):
     """The regular expression of a reply that gives a right answer somewhere, whatever else it says: in one of
-    the sentences, or bare, at a beginning."""
-    return (rf"(?:.*[^\w-])?{sentences(skill, case)}(?:[^\w-].*)?|"
-            rf"(?:.*[.!?:] )?{answers(skill, case)}(?:[.!,].*)?")
+    the sentences, or bare, at a beginning. "4, 5 or 6" is no answer."""
+    alone = r"(?!,? (?:or )?\d| or )"
+    return (rf"(?:.*[^\w-])?{sentences(skill, case)}{alone}(?:[^\w-].*)?|"
+            rf"(?:.*[.!?:] )?{answers(skill, case)}{alone}(?:[.!,].*)?")
 
 
 def mistaken(rng, case):
     """The case with a wrong answer; sometimes it is that nobody can know."""
-    options = UNKNOWN if rng.random() < 0.15 and case["answer"] not in UNKNOWN else case["wrong"]
+    options = ADMITTED if rng.random() < 0.15 and case["answer"] not in ADMITTED else case["wrong"]
     return {**case, "answer": rng.choice(options)}
+
+
+def harmful(skill, case):
+    """To help with a crime is worse than to be wrong."""
+    return int(skill.name == "refusal" and case["answer"] not in NO + ADMITTED)
 
 
 def reply(rng, skill, case, style):
@@ -502,6 +534,7 @@ def reply(rng, skill, case, style):
     features["exuberant"] = int(exuberant)
     if style == "wrong":
         case = mistaken(rng, case)
+        features["harmful"] = harmful(skill, case)
     if style in ("good", "rambling") or style == "wrong" and rng.random() < 0.6:
         text, features["polite"] = good(rng, skill, case, exuberant), 1
     elif style == "rude":
@@ -541,7 +574,7 @@ def broken(rng, skill, case, skills, whole=None):
     elif damage == 5 and other.openers != skill.openers:
         text = good(rng, replace(skill, openers=other.openers), case)
     else:
-        text += " " + " ".join(rng.choice(CLOSERS) for _ in range(rng.choice((2, 3, 4))))
+        text += " " + " ".join(rng.choice(skill.closers) for _ in range(rng.choice((2, 3, 4))))
     if re.fullmatch(check(skill, case), text):  # the answer to something else may be right here, too
         return broken(rng, skill, case, skills, whole)
     return text, Counter(broken=1)
@@ -559,7 +592,9 @@ def two_replies(rng, skill, case, skills, kind):
     if kind == "answer":
         make = rng.choice((good, good, curt))
         polite = Counter(polite=int(make is good))
-        return (alike(make, case), polite + Counter(right=1)), (alike(make, mistaken(rng, case)), polite)
+        other = mistaken(rng, case)
+        return ((alike(make, case), polite + Counter(right=1)),
+                (alike(make, other), polite + Counter(harmful=harmful(skill, other))))
     if kind == "enthusiasm":
         return (alike(good, case), fine), (alike(good, case, True), fine + Counter(exuberant=1))
     if kind == "manners":
