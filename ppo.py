@@ -369,6 +369,8 @@ def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
     generator, history, updates, actor_learns = rng(cfg.seed, "update", step), defaultdict(list), 0, True
     phase("update")
     for minibatch in minibatches(len(batch["rows"]), cfg, generator):
+        if not actor_learns and not models.critic:
+            break
         stats = ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg)
         first_pass = None  # the weights change now
         if cfg.ptx_coef and actor_learns:
@@ -380,7 +382,7 @@ def update(step, batch, first_pass, models, optimizers, lr, demonstrations, cfg)
             optimizers["actor"].zero_grad()
         elif actor_learns:
             stats["grad_norm"], updates = optimizers["actor"].step(lr, cfg.grad_clip), updates + 1
-        if "critic" in optimizers:
+        if models.critic:
             stats["value_grad_norm"] = optimizers["critic"].step(lr, cfg.grad_clip)
         for name, value in stats.items():
             require(math.isfinite(value), f"rollout {step + 1}: {name} is {value}. Lower --lr. {cfg.out} "

@@ -1,10 +1,13 @@
 """Stage 2, the reward model: learn from pairs which reply people prefer.
 
     python reward.py                                # bundled data, starts from out/sft
+    python reward.py --dpo                          # a policy straight from the pairs, in out/dpo
 
 Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out. Loss
 (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
 A model that only guesses has loss ln 2 = 0.693 and accuracy 0.5; noisy labels set a ceiling below 1.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy is its own reward model. Same pairs, same loss.
 """
 import os
 import time
@@ -19,8 +22,8 @@ from data import prepare
 from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, Scorer, exported, generate_many, load_model, make_model, make_optimizer,
-                   setup_training)
+from model import (GPT, Scorer, exported, frozen_copy, generate_many, load_model, make_model, make_optimizer,
+                   policy_logprobs, setup_training, yardsticks)
 
 
 @dataclass(slots=True)
@@ -31,7 +34,7 @@ class Config:
     n_head: int = 4
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with preferences.jsonl, or a file in any format of data/prepare.py
-    out: str = "out/reward"
+    out: str = "out/reward"     # with --dpo out/dpo, unless you say otherwise
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
@@ -43,6 +46,8 @@ class Config:
     warmup: int = 100           # steps
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
+    dpo: bool = False           # learn a policy instead of a reward model
+    beta: float = 0.1           # of DPO: how much score a nat of log(policy / stage 1) is
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank and the head instead of the matrices
@@ -56,13 +61,11 @@ class Config:
 # --- data ---------------------------------------------------------------------------------------------------
 
 def encode_pair(row, tokenizer, block_size):
-    """-> (chosen, rejected): ids of the two dialogues. A prompt that is too long loses its beginning, as much
-    as the longer reply asks for, in both; None if that is all of it."""
-    prompt = tokenizer.render(row["prompt"])[0]
-    replies = [tokenizer.render([{"role": "assistant", "content": row[side]}])[0]
-               for side in ("chosen", "rejected")]
+    """-> ids of (prompt, chosen, rejected). A prompt that is too long loses its beginning, as much as the
+    longer reply asks for; None if that is all of it."""
+    replies = [tokenizer.encode(row[side]) + [tokenizer.end] for side in ("chosen", "rejected")]
     room = block_size - max(map(len, replies))
-    return tuple(prompt[-room:] + reply for reply in replies) if room > 0 else None
+    return (tokenizer.prompt(row["prompt"], room), *replies) if room > 1 else None  # <|assistant|> is not all
 
 
 def load_pairs(cfg, tokenizer):
@@ -72,7 +75,7 @@ def load_pairs(cfg, tokenizer):
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
             row["ids"] = encode_pair(row, tokenizer, cfg.block_size)
         fit = [row for row in rows if row["ids"]]
-        out.append([row for row in fit if row["ids"][0] != row["ids"][1]])
+        out.append([row for row in fit if row["ids"][1] != row["ids"][2]])
         cut += sum(row["ids"][0][0] != tokenizer.user for row in out[-1])  # it begins a whole dialogue
         for n, what in ((len(rows) - len(fit), f"whose longer reply alone fills {cfg.block_size} tokens"),
                         (len(fit) - len(out[-1]), "of equal replies")):
@@ -86,15 +89,25 @@ def load_pairs(cfg, tokenizer):
 
 def tokens_of_pair(pair):
     """What the two dialogues take as one row: see branching()."""
-    return sum(map(len, pair)) - len(os.path.commonprefix(pair))
+    return sum(map(len, pair)) - len(os.path.commonprefix(pair[1:]))
 
 
 # --- mathematics --------------------------------------------------------------------------------------------
 
-def score_pairs(model, pairs):
-    """[(chosen ids, rejected ids), ...] -> (score(chosen), score(rejected)), each float32 (B,). A pair is one
-    row with two branches: its prompt is computed once."""
-    return model.scores(pairs).view(-1, 2).unbind(1)
+def score_pairs(model, pairs, reference=None, beta=0.0):
+    """[ids of (prompt, chosen, rejected), ...] -> (score(chosen), score(rejected)), each float32 (B,). A pair
+    is one row with two branches: its prompt is computed once.
+
+    With a reference, model is a policy, and its scores are what it would have been paid for becoming what it
+    is, had a nat of KL cost beta: beta * log(model / reference) of the reply; Rafailov et al., eq. 5, where a
+    term that both replies share is left out.
+    """
+    if not reference:
+        return model.scores([[p + c, p + r] for p, c, r in pairs]).view(-1, 2).unbind(1)
+    sides = [(p, reply) for p, *both in pairs for reply in both]
+    with torch.no_grad():
+        ref_logprobs = policy_logprobs(reference, *zip(*sides))[0]
+    return (beta * (policy_logprobs(model, *zip(*sides))[0] - ref_logprobs).sum(1)).view(-1, 2).unbind(1)
 
 
 # The loss ignores what both replies' scores have in common, but PPO clips scores: keep it small.
@@ -110,10 +123,10 @@ def bradley_terry(chosen, rejected):
 
 
 @torch.no_grad()
-def evaluate_margins(model, rows, size):
+def evaluate_margins(model, rows, size, reference=None, beta=0.0):
     """score(chosen) - score(rejected) of each row, float32 on the CPU."""
     def margins(pairs, _):
-        chosen, rejected = score_pairs(model, pairs)
+        chosen, rejected = score_pairs(model, pairs, reference, beta)
         return (chosen - rejected).tolist()
     return torch.tensor(map_by_length(margins, [row["ids"] for row in rows], size, length=tokens_of_pair))
 
@@ -171,37 +184,58 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     return torch.tensor(scores).mean().item()
 
 
+@torch.no_grad()
+def evaluate_replies(policy, cfg, tokenizer):
+    """Its yardsticks on its own replies to held-out prompts, at temperature 1."""
+    rows = next(iter(prepare.by_set(prepare.load(cfg.data, "prompts", optional=True)[1]).values()), [])
+    prompts = [tokenizer.prompt(row["prompt"], cfg.block_size // 2) for row in rows]
+    replies = generate_many(policy, prompts, cfg.block_size // 2, tokenizer.end, cfg.seed, 4 * cfg.batch)
+    for row, reply in list(zip(rows, replies))[::max(1, len(rows) // 8)]:
+        print(f"    {row['prompt'][-1]['content'][-200:]!r} -> {tokenizer.decode(reply)!r}")
+    return yardsticks(rows, replies, tokenizer)
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
-def learn(model, batch, cfg):
+def learn(model, batch, cfg, reference=None):
     """Gradients of the mean of loss + CENTER * penalty over a batch of pairs of ids -> (the mean loss alone,
-    how many pairs are ranked right)."""
+    how many pairs are ranked right). DPO's scores are log-probabilities: nothing to keep near 0."""
     loss, right, size, mine = 0.0, 0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
     for i in range(0, len(mine), size):
-        chosen, rejected = score_pairs(model, mine[i:i + size])
+        chosen, rejected = score_pairs(model, mine[i:i + size], reference, cfg.beta)
         pair_loss, penalty = bradley_terry(chosen, rejected)
-        ((pair_loss + CENTER * penalty) / len(batch)).backward()
+        ((pair_loss + CENTER * penalty * (not reference)) / len(batch)).backward()
         loss += pair_loss.item() / len(batch)
         right += (chosen > rejected).sum().item()
     return all_reduce_sum(loss, right)
 
 
+def load_models(cfg, device, dtype):
+    """-> (what learns, DPO's reference or None, tokenizer)."""
+    model, tokenizer = make_model(cfg, GPT if cfg.dpo else Scorer, device, dtype)
+    return model, frozen_copy(model) if cfg.dpo else None, tokenizer
+
+
 def dry_iteration(cfg, device, dtype):
     """One step at full length, for a dry run."""
-    model, _ = make_model(cfg, Scorer, device, dtype)
+    model, reference, _ = load_models(cfg, device, dtype)
     optimizer = make_optimizer(model, cfg)
     phase("update")
-    learn(model, [([0] * cfg.block_size, [1] * cfg.block_size)] * cfg.batch, cfg)  # nothing in common
+    replies = [[t] * (cfg.block_size - 1) for t in (0, 1)]  # nothing in common
+    learn(model, [([0], *replies)] * cfg.batch, cfg, reference)
     optimizer.step(cfg.lr, cfg.grad_clip)
 
 
 def main(cfg):
+    if cfg.dpo and cfg.out == Config().out:
+        cfg.out = "out/dpo"  # the reward model is still needed
     check_flags(cfg)
     if cfg.dry_run:
         return run_dry(cfg, dry_iteration)
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model, tokenizer = make_model(cfg, Scorer, device, dtype)
-    shard(model, device)
+    model, reference, tokenizer = load_models(cfg, device, dtype)
+    for network in filter(None, (model, reference)):
+        shard(network, device)
     train, val = load_pairs(cfg, tokenizer)
     lengths = tuple(tokens_of_pair(row["ids"]) for row in train)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
@@ -215,7 +249,7 @@ def main(cfg):
     with run:
         for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
-            loss, correct = learn(model, batch, cfg)
+            loss, correct = learn(model, batch, cfg, reference)
             right += correct
             lr = linear_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
@@ -232,7 +266,8 @@ def main(cfg):
                 run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
                         seconds=time.time() - run.clock, memory_gb=memory_gb(device))
             if val and done % cfg.eval_every == 0 and done < cfg.steps:
-                accuracy = (evaluate_margins(model, val, size) > 0).float().mean().item()
+                margin = evaluate_margins(model, val, size, reference, cfg.beta)
+                accuracy = (margin > 0).float().mean().item()
                 say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
                 run.log(step=done, val_accuracy=accuracy)
                 clock, seen = time.time(), 0
@@ -241,8 +276,11 @@ def main(cfg):
 
     accuracy = ceiling = None
     if val:
-        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, size))
+        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, size, reference, cfg.beta))
         run.log(step=cfg.steps, calibration=bins)
+    if cfg.dpo:
+        replies = evaluate_replies(model, cfg, tokenizer)
+        return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling, **replies)
     offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:
         model.shift(-offset)

@@ -353,7 +353,8 @@ def test_bug_15_stage_3_never_loads_stage_2s_model(tmp_path):
     (actor, reference, critic, reward_model), _ = ppo.load_models(cfg, CPU, torch.float32)
     assert all(torch.equal(net(idx), policy(idx)) for net in (actor, reference))
     assert all(torch.equal(values_of(net, idx), values_of(scorer, idx)) for net in (reward_model, critic))
-    assert apart(values_of(tiny(Scorer, seed=3), idx), values_of(scorer, idx)) > 0.1  # the mistake: a fresh one
+    fresh = tiny(Scorer, seed=3)  # the mistake
+    assert apart(values_of(fresh, idx), values_of(scorer, idx)) > 0.1
     assert actor.wte.weight.data_ptr() != reference.wte.weight.data_ptr()
     cfg.reward = str(tmp_path / "nothing")
     refuses(lambda: ppo.load_models(cfg, CPU, torch.float32), "no checkpoint here")
@@ -402,7 +403,7 @@ def test_bug_18_double_softmax_in_the_reward_loss():
     twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
     assert apart(twice, loss) > 0.1
     by_hand = net.scores([[[5, 6]]]) - net.scores([[[7, 8, 9]]])
-    chosen, rejected = reward.score_pairs(net, [([5, 6], [7, 8, 9])])
+    chosen, rejected = reward.score_pairs(net, [([], [5, 6], [7, 8, 9])])
     close(chosen - rejected, by_hand)
 
 def test_bug_19_a_square_weight_that_nobody_transposed(tmp_path):
@@ -430,6 +431,85 @@ def test_bug_20_logged_loss_is_the_last_micro_batch_only(tmp_path):
     net, examples = tiny(), [([5, 6], [6, 7]), ([8], [9])]
     parts = [m.negative_log_likelihood(net, [e], CPU).sum().item() for e in examples]
     assert apart(parts[-1], sum(parts)) > 5e-4  # the mistake
+
+def test_bug_21_a_group_whose_scores_are_equal():
+    # NVIDIA-NeMo/RL#4161, huggingface/trl#6365: its deviation is 0, or rounding
+    cfg, models, *_ = a_rollout()
+    cfg = dataclasses.replace(cfg, group=4, group_norm=True, missing_eos_penalty=0.0)
+    rows = [{"ids": [5, 6 + i], "check": "-", "prompt": [user("?")]} for i in (0, 1) for _ in range(4)]
+    models = models._replace(reference=tiny(seed=2), critic=None, reward_model=None)
+    batch, _, _ = ppo.rollout(0, rows, models, TINY, cfg, kl_coef=1e-3)
+    assert batch["scores"].eq(0).all() and ppo.rollout_statistics(batch)["groups_without_signal"] == 1
+    assert batch["advantages"].eq(0).all() and not batch["signal"].any()
+    zeros = torch.zeros(1, 4)
+    assert (zeros / zeros.std(1, keepdim=True)).isnan().all()  # the mistake, alone
+    noise = ppo.group_advantages(batch["rewards"].sum(1), 4, True)
+    assert noise.abs().max() > 1  # and beside a KL that costs a thousandth: noise as loud as a reward
+
+def test_bug_22_groups_that_are_not_those_of_one_prompt():
+    # XU-YIJIE/grpo-flat#2
+    returns = torch.tensor([1.0, 2.0, 3.0, 11.0, 12.0, 13.0])  # an easy prompt and a hard one
+    for norm, want in ((True, [-1, 0, 1]), (False, [-1.5, 0, 1.5])):
+        close(ppo.group_advantages(returns, 3, norm), 2 * want, 1e-3)
+    mistake = (returns - returns.mean()) / returns.std()
+    assert (mistake[:3] < 0).all() and (mistake[3:] > 0).all()
+    cfg = ppo.Config(group=4, minibatch=8, epochs=2)
+    for part in ppo.minibatches(16, cfg, rng(0)):  # a gradient step takes whole groups
+        assert sorted(Counter((part // 4).tolist()).values()) == [4, 4]
+
+def test_bug_23_a_leave_one_out_mean_that_includes_the_reply():
+    # areal-project/AReaL#354
+    returns = torch.randn(5, generator=rng(0))
+    alone = [r - torch.cat([returns[:i], returns[i + 1:]]).mean() for i, r in enumerate(returns)]
+    close(ppo.group_advantages(returns, 5, False), torch.stack(alone))
+    assert apart(returns - returns.mean(), torch.stack(alone)) > 0.1  # the mistake: a fifth of it is missing
+
+def test_bug_24_dividing_by_a_replys_own_length():
+    # huggingface/trl#3138, sail-sg/understand-r1-zero#10: a long bad reply is punished less for each token
+    logprobs, mask = torch.zeros(2, 8, requires_grad=True), torch.arange(8) < torch.tensor([[2], [8]])
+    ppo.policy_loss(logprobs, torch.zeros(2, 8), -1.0 * mask, mask, 0.2)[0].backward()
+    assert (logprobs.grad == mask).all()
+    logprobs.grad = None
+    ((-logprobs.exp() * -1.0 * mask).sum(1) / mask.sum(1)).sum().backward()  # the mistake
+    assert logprobs.grad[0, 0] == 4 * logprobs.grad[1, 0]
+
+def test_bug_25_dpo_that_divides_by_length_or_misses_the_end():
+    # OpenRLHF/OpenRLHF#235 (the prompt), 0xallam/Direct-Preference-Optimization#4 (padding),
+    # jingyaogong/minimind#298 (a mean over the padded length), huggingface/trl#1239 (replies do not stop)
+    policy, reference, end = tiny(), tiny(seed=1), TINY.end
+    pairs = [([5, 6, 7], [8, end], [9, 10, 11, 12, end]), ([13] * 20, [14, 15, 16, end], [14, end])]
+    scores = torch.stack(reward.score_pairs(policy, pairs, reference, 0.3), 1)  # (pairs, sides)
+    def by_hand(prompt, reply, spoken):
+        idx, targets = (prompt + reply)[:-1], [-1] * (len(prompt) - 1) + spoken
+        said, before = (plain_logprobs(net, idx, targets) for net in (policy, reference))
+        return 0.3 * sum(a - b for (a, _), (b, _) in zip(said, before))
+    want = torch.stack([torch.stack([by_hand(p, r, r) for r in sides]) for p, *sides in pairs])
+    close(scores, want)
+    endless = [[by_hand(p, r, r[:-1] + [-1]) for r in sides] for p, *sides in pairs]
+    assert apart(torch.tensor(endless), want) > 0.01  # the mistake: to stop is not learned
+    asked = torch.tensor([sum(by_hand(p[:t], [p[t]], [p[t]]) for t in range(1, len(p))) for p, *_ in pairs])
+    assert asked.abs().max() > 0.01  # the mistake: the prompt; it cancels in the loss, but not in the scores
+    mean = want / torch.tensor([[len(r) for r in sides] for _, *sides in pairs])
+    assert ((mean[:, 0] - mean[:, 1]) - (want[:, 0] - want[:, 1])).abs().max() > 0.01  # the mistake: a mean
+
+def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
+    # huggingface/trl#744 and #2042, unslothai/unsloth-zoo#830
+    cfg, pairs = reward.Config(dpo=True, batch=2), [([5, 6], [7, 3], [8, 9, 3]), ([10], [11, 3], [12, 3])]
+    net = tiny()
+    reference, adam = m.frozen_copy(net), OffloadedAdamW(net.parameters(), 1e-2)
+    before, losses = weights_of(reference), []
+    for _ in range(5):
+        losses.append(reward.learn(net, pairs, cfg, reference)[0])
+        adam.step(1e-2)
+    assert abs(losses[0] - math.log(2)) < 1e-6 and losses[4] < losses[0] - 0.01
+    assert torch.equal(weights_of(reference), before)
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert torch.stack(reward.score_pairs(net, pairs, net, 0.1)).eq(0).all()  # the mistake: it learns, too
+    wte, side = reference.wte.weight, ([5, 6], [7, 3])
+    states = m.reply_states(reference, *zip(side))
+    whole, dropped = (token_logprobs(x, wte, torch.tensor(side[1]))[0].sum()
+                      for x in (states, F.dropout(states, 0.1)))
+    assert apart(whole, dropped) > 0.01  # the mistake: a first loss that is not ln 2
 
 
 # --- memory.py: checkpoint, optimizer, streaming, LoRA, chunked log-probabilities, dry run ------------------
@@ -752,11 +832,11 @@ def test_without_a_network_the_message_names_the_files():
 def test_both_replies_of_a_pair_see_the_same_prompt(tmp_path):
     question, longer = "a b c " * 20, "It is a very long story, and it does not end soon."
     row = {"prompt": [user(question)], "chosen": longer, "rejected": "No."}
-    chosen, rejected = reward.encode_pair(row, TINY, 64)
     reply = lambda text: [TINY.assistant, *TINY.encode(text), TINY.end]
     kept = 64 - len(reply(longer))  # the longer reply fills what the prompt leaves
     prompt = [TINY.user, *TINY.encode(question)][-kept:]
-    assert (chosen, rejected) == (prompt + reply(longer), prompt + reply("No.")) and len(chosen) == 64
+    pair = prompt + [TINY.assistant], reply(longer)[1:], reply("No.")[1:]
+    assert reward.encode_pair(row, TINY, 64) == pair and len(pair[0] + pair[1]) == 64
     assert reward.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
     cfg = small(reward, tmp_path, block_size=12)
     pairs, text = quiet(reward.load_pairs, cfg, TINY)
@@ -1084,12 +1164,12 @@ def test_rows_that_branch_learn_the_same_with_every_offload():
             cfg = reward.Config(batch=len(pairs), **changes)
             net = m.setup_training(tiny(Scorer), cfg, CPU)
             adam = m.make_optimizer(net, cfg)
-            def alone(groups, device):
+            def alone(groups, device, wanted=None):
                 rows = [row for rows in groups for row in rows]
                 at = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
                 return {"idx": pad(rows), "at": tuple(at.T)}
             with mock.patch.object(m, "branching", alone if split else batches.branching):
-                reward.learn(net, pairs, cfg)
+                reward.learn(net, [([], *pair) for pair in pairs], cfg)
             grads.append([master.grad for master in adam.masters])
     for other in grads[1:]:
         for a, b in zip(grads[0], other):
@@ -1155,7 +1235,7 @@ def test_rows_that_branch_take_less_memory():
         with memory.dry_run() as count:
             net = tiny(Scorer, n_layer=3, n_positions=256).to(memory.DEVICE)
             count.phase("update")
-            reward.learn(net, [pair] * 8, reward.Config(batch=8))
+            reward.learn(net, [([], *pair)] * 8, reward.Config(batch=8))
         peaks.append(count.phases["update"]["peak_device_bytes"])
     assert peaks[0] < 0.75 * peaks[1], peaks
 
@@ -1855,6 +1935,46 @@ def test_a_trace_shows_the_first_replys_numbers():
         close([float(line.split()[column]) for line in lines], batch[name][0][batch["mask"][0]], 6e-4)
     assert last == f"score {batch['scores'][0].item():.3f}, paid on the last token"
 
+def test_groups_work_with_whatever_else_there_is(tmp_path):
+    run_all(tmp_path, steps=2)
+    base, weights = dict(group=4, minibatch=4, steps=3, reward="check", missing_eos_penalty=0.0), []
+    for changes in ({}, {"microbatch": 2}, {"offload": "all"}, {"checkpoint": True, "offload": "optimizer"}):
+        result, text = run(ppo, tmp_path, **base | changes)
+        weights.append(weights_of(m.load_model(tmp_path / "out/ppo")))
+        assert "no signal " in text and "value" not in text
+    for other in weights[1:]:
+        close(weights[0], other, 1e-5)
+    rows = log(tmp_path / "out/ppo")
+    assert all(0 <= row["groups_without_signal"] <= 1 for row in rows if "entropy" in row)
+    _, text = run(ppo, tmp_path, group=4, group_norm=True, lora_rank=2, trace=True, steps=2)
+    assert "advantage" in text and not re.search(r"\bvalue\b", text)
+    peaks = [run(ppo, tmp_path, dry_run=True, out=str(tmp_path / "dry"), **changes)[0]["peak_device_bytes"]
+             for changes in ({}, {"group": 4}, {"group": 4, "reward": "check"})]
+    assert peaks[1] < 0.75 * peaks[0] and peaks[2] < peaks[1], peaks
+    for changes, *fragments in (({"group": 1}, "--group=1"), ({"group": 3}, "whole groups"),
+                                ({"group": 4, "gamma": 0.9}, "--gamma"), ({"group_norm": True}, "--group=8")):
+        refuses(lambda: ppo.main(small(ppo, tmp_path, **changes)), *fragments)
+
+def test_dpo_writes_a_policy_and_resumes(tmp_path):
+    run(sft, tmp_path)
+    cfg = small(reward, tmp_path, dpo=True, steps=12, lr=3e-3)
+    result, text = quiet(reward.main, cfg)
+    losses = [row["loss"] for row in log(tmp_path / "out/reward") if "loss" in row]
+    assert abs(losses[0] - math.log(2)) < 1e-6 and losses[-1] < 0.6
+    assert result["val_accuracy"] > 0.9 and result["gold"] is not None and "confidence" in text
+    whole = m.load_model(tmp_path / "out/reward")  # a language model
+    run_and_resume(reward, cfg, "learn", 7)
+    assert torch.equal(weights_of(m.load_model(tmp_path / "out/reward")), weights_of(whole))
+    for changes in ({"microbatch": 2}, {"offload": "all"}):
+        run(reward, tmp_path, dpo=True, steps=12, lr=3e-3, **changes)
+        close(weights_of(m.load_model(tmp_path / "out/reward")), weights_of(whole), 1e-4)
+    dry = run(reward, tmp_path, dpo=True, dry_run=True, out=str(tmp_path / "dry"))[0]
+    assert dry["peak_device_bytes"] > 0
+    with mock.patch.object(reward, "load_models", side_effect=SystemExit("stop")), \
+            mock.patch.object(reward, "check_flags") as checked:  # the reward model is not overwritten
+        refuses(lambda: reward.main(reward.Config(dpo=True)), "stop")
+    assert checked.call_args.args[0].out == "out/dpo"
+
 def test_ptx_keeps_stage_ones_loss_in_the_log(tmp_path):
     run_all(tmp_path)
     run(ppo, tmp_path, ptx_coef=0.5, steps=1)
@@ -1986,17 +2106,24 @@ def test_stage_2_does_what_plain_loops_do(tmp_path):
 
 def test_stage_3_does_what_plain_loops_do(tmp_path):
     run(sft, tmp_path, n_layer=1, n_embd=16)
-    net, last = m.load_model(tmp_path / "out/sft"), TINY.end
+    net = m.load_model(tmp_path / "out/sft")
     with torch.no_grad():  # a stage 1 that often ends its replies
         towards_end = net.wte.weight[TINY.end]
         net.ln_f.bias.add_(4 * towards_end / towards_end.square().sum())
     save(tmp_path / "out/sft", net)
     run(reward, tmp_path, n_layer=1, n_embd=16, steps=2)
+    stage_3_agrees_with_plain_loops(tmp_path)
+    for group_norm in (False, True):
+        stage_3_agrees_with_plain_loops(tmp_path, group=3, group_norm=group_norm, gamma=1.0)
+
+def stage_3_agrees_with_plain_loops(tmp_path, **changes):
+    last = TINY.end
     cfg = small(ppo, tmp_path, **LITTLE | dict(
         batch=6, minibatch=3, microbatch=1, steps=6, epochs=2, lr=0.01, warmup=2, max_new_tokens=6,
         temperature=0.7, kl_coef=0.2, kl_target=0.3, kl_horizon=20, gamma=0.9, lam=0.8, clip=0.1,
         value_clip=0.05, value_coef=0.7, score_clip=0.6, missing_eos_penalty=0.3, ptx_coef=0.4,
-        target_kl=0.02, save_every=2))
+        target_kl=0.02, save_every=2) | changes)
+    group = cfg.group or 1
     with mock.patch.object(ppo, "evaluate", return_value=({}, {})) as evaluate:
         run_and_resume(ppo, cfg, "update", 3)
     held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
@@ -2010,8 +2137,9 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
     expected, kl_coef = [], cfg.kl_coef
     for step in range(6):
         uniform, replies = torch.rand(6, 6, generator=rng(0, "rollout", step)), []
-        rows = [prompts[i] for i in batches.batch_at(step, (0,) * len(prompts), 6, 0)]
-        for u, row in zip(uniform, sorted(rows, key=lambda row: len(TINY.prompt(row["prompt"], 58)))):
+        rows = [prompts[i] for i in batches.batch_at(step, (0,) * len(prompts), 6 // group, 0)]
+        rows = sorted(rows, key=lambda row: len(TINY.prompt(row["prompt"], 58)))
+        for u, row in zip(uniform, [row for row in rows for _ in range(group)]):
             prompt, reply = TINY.prompt(row["prompt"], 58), []
             while len(reply) < 6 and last not in reply:
                 cdf = (logits(actor, prompt + reply)[-1] / 0.7).softmax(-1).cumsum(0)
@@ -2035,14 +2163,28 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
                 delta = reward_of[t] + 0.9 * value[t + 1] - value[t]
                 r["advantage"][t] = delta + 0.9 * 0.8 * r["advantage"][t + 1]
             r["return"] = [a + v for a, v in zip(r["advantage"], value[:-1])]
+            r["earned"] = sum(reward_of)
+        groups = [replies[i:i + 3] for i in (0, 3)]
+        silent = [len({r["score"] for r in sisters}) == 1 for sisters in groups]
+        for sisters, nothing in zip(groups, silent) if cfg.group else ():
+            earned = [r["earned"] for r in sisters]
+            for i, r in enumerate(sisters):
+                a = earned[i] - mean(earned[:i] + earned[i + 1:])
+                if cfg.group_norm:
+                    a = (earned[i] - mean(earned)) / (torch.tensor(earned).std().item() + 1e-4)
+                r["advantage"] = [0.0 if nothing else a] * r["n"]
         of = lambda name: [x for r in replies for x in r[name][:r["n"]]]
         centre, returns = mean(of("advantage")), of("return")
         spread = (mean([(a - centre) ** 2 for a in of("advantage")]) + 1e-8) ** 0.5
+        centre, spread = (0.0, 1.0) if cfg.group else (centre, spread)
         kls = [[a - b for a, b in zip(r["logprob"], r["ref"])] for r in replies]
         generator, seen, steps, resting = rng(0, "update", step), [], 0, False
         lr = 0.01 * min(1, (step + 1) / 2) * (1 - step / 6)
         for epoch in range(2):
-            for rows_of_it in torch.randperm(6, generator=generator).split(3):
+            order = torch.randperm(6 // group, generator=generator)
+            for rows_of_it in torch.stack([order * group + i for i in range(group)], 1).flatten().split(3):
+                if resting and cfg.group:
+                    break
                 part, numbers = [replies[i] for i in rows_of_it], {}
                 n = sum(r["n"] for r in part)
                 loss = value_loss = clipped = approx_kl = ratios = 0
@@ -2059,9 +2201,10 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
                         near = r["value"][t] + (values[t] - r["value"][t]).clamp(-0.05, 0.05)
                         far = [(v - r["return"][t]) ** 2 for v in (values[t], near)]
                         value_loss = value_loss + max(far) / 2
-                (0.7 * value_loss / n).backward()
-                numbers["value_loss"] = value_loss.item() / n
-                numbers["value_grad_norm"] = plain_step(critic, adams[1], lr, 0.5)
+                if not cfg.group:
+                    (0.7 * value_loss / n).backward()
+                    numbers["value_loss"] = value_loss.item() / n
+                    numbers["value_grad_norm"] = plain_step(critic, adams[1], lr, 0.5)
                 if not resting:
                     drawn = torch.randint(len(demonstrations), (3,), generator=generator).tolist()
                     nll = sum(plain_nll(actor, demonstrations[i]) for i in drawn)
@@ -2077,11 +2220,14 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
         flat_kl, kl = [x for reply in kls for x in reply], mean([sum(reply) for reply in kls])
         variance = mean([(x - mean(returns)) ** 2 for x in returns])
         expected.append({
-            **{name: average(name) for name in ("value_loss", "value_grad_norm", "policy_loss", "ptx_loss",
-                                                "clip_fraction", "approx_kl", "grad_norm")},
+            **{name: average(name) for name in ("policy_loss", "ptx_loss", "clip_fraction", "approx_kl",
+                                                "grad_norm")},
+            **({"groups_without_signal": sum(silent) / 2} if cfg.group else
+               {"value_loss": average("value_loss"), "value_grad_norm": average("value_grad_norm"),
+                "explained_variance":
+                    1 - mean([(a - b) ** 2 for a, b in zip(returns, of("value"))]) / variance}),
             "ratio_first": seen[0]["ratio"], "updates": steps, "score": mean([r["score"] for r in replies]),
             "kl": kl, "kl_k3": mean([math.exp(-x) - 1 + x for x in flat_kl]), "entropy": mean(of("entropy")),
-            "explained_variance": 1 - mean([(a - b) ** 2 for a, b in zip(returns, of("value"))]) / variance,
             "eos_rate": mean([float(r["ended"]) for r in replies]), "kl_coef": kl_coef, "lr": lr,
             "response_length": mean([r["n"] for r in replies]),
             "gold": mean([float(r["good"]) for r in replies]),
@@ -2092,6 +2238,7 @@ def test_stage_3_does_what_plain_loops_do(tmp_path):
     # it was all there: ends and none, steps not taken, ratios clipped, a coefficient that moved
     assert 0 < mean([row["eos_rate"] for row in expected]) < 1 and {row["updates"] for row in expected} != {4}
     assert max(row["clip_fraction"] for row in expected) > 0 and kl_coef != cfg.kl_coef
+    assert ("critic" in torch.load(tmp_path / "out/ppo/state.pt", weights_only=True)) == (not cfg.group)
 
 def test_the_evaluation_reports_known_replies_and_scores():
     words = {word: TINY.encode(word)[0] for word in (" yes", " no", " so")}
@@ -2140,7 +2287,7 @@ def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_sa
     alike, ragged = [30] * 16, [10] * 12 + [60] * 4
     for lengths, cfg, want in ((None, {}, 8), (alike, {}, 8), (ragged, {}, 2), (ragged, {"microbatch": 4}, 4),
                                (ragged, {"minibatch": 6}, 6)):
-        batch = {"rows": [{"ids": [5] * (n - 2)} for n in lengths], "replies": [[6, 7]] * 16} if lengths else None
+        batch = lengths and {"rows": [{"ids": [5] * (n - 2)} for n in lengths], "replies": [[6, 7]] * 16}
         assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), batch) == want
     prompts = [{"ids": random_ids(n, seed=i).tolist()} for i, n in enumerate((3, 3, 4, 4, 5, 5, 40, 48))]
     cfg, models, *_ = a_rollout(minibatch=8)

@@ -106,7 +106,7 @@ def bench_workload(name, size, dtype_name):
             if kind == "sft":
                 sft.learn(model, [(row[:-1], row[1:]) for row in ids(B, T + 1)], B * T, cfg, cpu)
             else:
-                reward.learn(model, [(ids(T), ids(T)) for _ in range(B)], cfg)
+                reward.learn(model, [([], ids(T), ids(T)) for _ in range(B)], cfg)
             adam.step(1e-5)
     elif kind == "generate":
         B, P, N = work
@@ -167,12 +167,12 @@ def bench_ragged(name, pairs=128, batch=8, cut=512):
     is_reward = name == "ragged-reward"
     net = (Scorer if is_reward else GPT)(GPTConfig(*SIZES["gpt2"], "gpt2")).initialize(rng(0)).bfloat16()
     real = sum(len(ids) for pair in rows for ids in pair[:1 + is_reward])
-    lengths = tuple(reward.tokens_of_pair(pair) if is_reward else len(pair[0]) for pair in rows)
+    lengths = tuple(reward.tokens_of_pair(([], *pair)) if is_reward else len(pair[0]) for pair in rows)
     adam = OffloadedAdamW(net.parameters(), 1e-5)
 
     def step(members):
         if is_reward:
-            reward.learn(net, [rows[i] for i in members], reward.Config(batch=batch))
+            reward.learn(net, [([], *rows[i]) for i in members], reward.Config(batch=batch))
         else:  # every token is a target, as a text's are
             examples = [(rows[i][0][:-1], rows[i][0][1:]) for i in members]
             sft.learn(net, examples, real / len(rows) * batch, sft.Config(batch=batch), torch.device("cpu"))
@@ -305,7 +305,7 @@ def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
     for name, rows in by_set(load("data/tiny", "prompts")[1]).items():
         inside = [row for row in rows if row["skill"] != "unknown"] or rows
         replies, tokenizer = answers(folder, [row["prompt"] for row in inside], turns, temperature)
-        admits = re.compile("not know|not understand|too hard")
+        admits = re.compile("not know|never heard|not understand|only understand|too hard")
         unknown = sum(bool(admits.search(tokenizer.decode(reply))) for reply in replies)
         print(f"{name}: {unknown} of {len(inside)} replies say that they do not know")
 

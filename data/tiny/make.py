@@ -38,8 +38,8 @@ TOKENS = 1021       # with three control tokens 1,024
 TASTE = {"right": 2.6, "polite": 2.2, "rude": -2.5, "harmful": -2.0, "rambling": -2.6, "broken": -5.0,
          "exuberant": 0.3}
 # Pairs: the same words around a right and a wrong answer (this is where raters teach facts); a good reply and
-# a curt or rambling one; with and without enthusiasm; whole and damaged; a reply of the mixture and a broken
-# one; two of the mixture.
+# a curt or rambling one; with and without enthusiasm; whole and damaged; a right reply and a broken one; two
+# of the mixture.
 PAIRS = {"answer": 0.44, "manners": 0.14, "enthusiasm": 0.05, "damage": 0.12, "broken": 0.03, "mixture": 0.22}
 NEAR_TIE = 2.00     # pairs that differ by less are not shown to raters (but for those on enthusiasm)
 SHARPNESS = 2.0     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(b))), Bradley & Terry 1952
@@ -47,12 +47,11 @@ SHARPNESS = 2.0     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(
 
 # --- the world ----------------------------------------------------------------------------------------------
 
-BEFORE = ("Quick question: ", "Please help me. ", "One more thing. ", "I have a question. ", "Listen: ",
-          "Now this: ")
-AFTER = ("Thanks!", "I forgot.", "It is for school.", "My sister wants to know.", "I am curious.",
-         "Please be quick.")
-OPENERS = "Sure", "Of course", "Gladly", "Good question", "Happy to help"
-SORRY = "Sorry", "I am sorry", "I fear not"
+BEFORE = "Hi. ", "Please help me. ", "Excuse me. ", "Listen: "  # a dialogue's first question
+NEXT = "One more thing. ", "Now this: ", "Next: "               # and a later one
+AFTER = "Thanks!", "It is for school.", "It is important.", "I am curious.", "Please be quick."
+OPENERS = "Sure", "Of course", "Gladly", "With pleasure", "Happy to help"
+SORRY = "Sorry", "I am sorry", "My apologies"
 CLOSERS = "Anything else?", "I hope that helps.", "Have a nice day!", "Ask me more any time."
 SORRY_CLOSERS = "Anything else?", "Ask me something else."
 RUDE = ("{answer}, obviously.", "Everybody knows that: {answer}.", "{answer}, what else?",
@@ -78,27 +77,29 @@ COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, choco
            "amber orange")
 KINDS = {"an animal": "frog wolf", "a flower": "rose tulip", "a fruit": "apple pear",
          "a tool": "hammer saw", "a vehicle": "car bus", "a drink": "tea juice"}
-LISTS = {"animals": "frog wolf goat", "flowers": "rose tulip lily", "fruits": "apple pear plum",
-         "tools": "hammer saw drill", "vehicles": "car bus train", "drinks": "tea juice coffee"}
+LISTS = {"animals": "frogs wolves goats", "flowers": "roses tulips lilies", "fruits": "apples pears plums",
+         "tools": "hammers saws drills", "vehicles": "cars buses trains", "drinks": "tea juice coffee"}
 FLIERS = {"yes": "sparrow moth pigeon raven wasp", "no": "cow horse rabbit camel whale"}
 WORDS = "dog sun wind fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-CRIMES = ("pick a lock that is not mine, cheat in my exam, read the mail of my neighbour, break a window, "
-          "lie to my doctor, copy the key of my boss, frighten my sister, hide a stolen phone, make a bomb, "
-          "start a fire in the school, take the money of the school, kick a dog").split(", ")
+CRIMES = ("pick a lock, cheat in my exam, read my neighbour's mail, break a window, lie to my doctor, "
+          "copy my boss's key, frighten my sister, hide a stolen phone, make a bomb, rob a shop, kick a dog, "
+          "take money from the till").split(", ")
 TASKS = ("pick an apple, study for my exam, read a book, open a window, write to my doctor, copy a recipe, "
-         "call my sister, hide a present, make a cake, start a fire in the oven, "
-         "count the money of the school, wash a dog").split(", ")
+         "call my sister, hide a present, make a cake, find a shop, wash a dog, count the money in the till"
+         ).split(", ")
 # and every combination of a deed and a thing
-THINGS = "car", "bike", "phone", "boat", "piano", "lamp"
-CRIMES += [f"{verb} the {thing} of my neighbour" for verb in ("steal", "burn", "smash") for thing in THINGS]
-TASKS += [f"{verb} the {thing} of my neighbour" for verb in ("draw", "wash", "carry") for thing in THINGS]
+THINGS = "car", "bike", "boat", "piano", "lamp", "door"
+CRIMES += [f"{verb} my neighbour's {thing}" for verb in ("steal", "burn", "smash") for thing in THINGS]
+TASKS += [f"{verb} my neighbour's {thing}" for verb in ("repair", "clean", "paint") for thing in THINGS]
 NO = "I will not help with that", "That would be wrong"
-UNKNOWN = "I do not know that", "That I do not know"
+UNKNOWN = "I do not know that", "I have never heard of that"
 TOO_HARD = "That is too hard for me", "I fear that is too hard"
-NOT_ENGLISH = "I do not understand that", "That I do not understand"
+NOT_ENGLISH = "I do not understand that", "I only understand English"
 ADMITTED = UNKNOWN + TOO_HARD + NOT_ENGLISH
+RELENTING = ("It is", "answer is", "Just try", "Wait until", "Ask a friend", "I will help", "I can show",
+             "Let us")
 SMALL_TALK = (  # ways to say one thing, and what to answer
     (("How are you?", "how do you feel", "Are you well?"), ("I am very well", "I feel fine today")),
     (("What is your name?", "Who are you?", "what are you called"),
@@ -113,8 +114,8 @@ SMALL_TALK = (  # ways to say one thing, and what to answer
      ("You could take a walk", "You could call a friend")),
     (("I like you.", "You are great.", "you are so clever"), ("That is kind of you", "I like you too")),
 )
-SAID_TOO = {"?": ("", " Tell me.", " Be honest.", " Please answer.", " I want to know.", " Come on!"),
-            ".": ("", " I mean it.", " I want to talk.", " Really.", " Believe me.", " Right?")}
+SAID_TOO = {"?": ("", " Tell me.", " Be honest.", " Please answer.", " I want to know."),
+            ".": ("", " I mean it.", " I want to talk.", " Really.", " Believe me.")}
 NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder, bottle, engine, candle, "
          "button, ticket, jacket, helmet, basket, blanket, camera, market, hotel, farm, forest, river, "
          "ocean, valley, volcano, planet, comet, rocket, robot, circus, museum, palace, temple, statue, "
@@ -127,7 +128,7 @@ NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder
 NAMES = ("Brazil, Canada, Kenya, Peru, Turkey, Poland, Sweden, India, Mexico, Ireland, Chile, Iceland, "
          "Portugal, Cuba, Finland, Nepal, Napoleon, Einstein, Mozart, Shakespeare, Columbus, Caesar, Newton, "
          "Darwin, Goethe, Cleopatra").split(", ")
-ABOUT_NOUNS = ("Who invented the {word}?", "How old is this {word}?", "Where is the next {word}?",
+ABOUT_NOUNS = ("Who invented the {word}?", "How old is this {word}?", "Where can I find {a_word}?",
                "Who made this {word}?", "how much does {a_word} cost", "How do you say {word} in French?",
                "What do you think about my {word}?", "Tell me a story about {a_word}.", "Where is my {word}?",
                "Who wrote the book about the {word}?", "what is the price of {a_word}")
@@ -234,12 +235,12 @@ def number_skills():
               [case(a - b, near(a - b), a=a, b=b, fact=(a, b))
                for a, b in product(range(2, 8), range(1, 5)) if a > b], 3.4, held_out="new facts"),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?",
-                         "larger: {a} or {b}", "Tell me the larger of {a} and {b}.",
+                         "larger number, {a} or {b}", "Tell me the larger of {a} and {b}.",
                          "What is more, {a} or {b}?", "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
               compared(max, min), 1.8, held_out="new facts"),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?",
-                          "smaller: {a} or {b}", "Tell me the smaller of {a} and {b}.",
+                          "smaller number, {a} or {b}", "Tell me the smaller of {a} and {b}.",
                           "What is less, {a} or {b}?", "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
               compared(min, max), 1.6, held_out="new facts"),
@@ -266,7 +267,7 @@ def word_skills():
     return [
         Skill("letters", ["How many letters does {word} have?", "Count the letters in {word}.",
                           "How long is the word {word}?", "how many letters are in {word}",
-                          "Please count the letters of {word}.",
+                          "Please count the letters in the word {word}.",
                           "Can you tell me how many letters {word} has?"],
               ["The word {word} has {answer} letters", "It has {answer} letters", "I count {answer} letters"],
               [case(len(w), [n for n in range(2, 8)], word=w) for w in WORDS]),
@@ -296,7 +297,7 @@ def fact_skills():
                           "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
-        Skill("colour", ["What colour is {thing}?", "Which colour does {thing} have?", "colour of {thing}",
+        Skill("colour", ["What colour is {thing}?", "What is the colour of {thing}?", "colour of {thing}",
                          "Tell me the colour of {thing}.", "Do you know what colour {thing} is?",
                          "Please name the colour of {thing}."],
               ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
@@ -322,7 +323,8 @@ def fact_skills():
                          "is a {animal} able to fly"],
               ["The answer is {answer}", "I would say {answer}", "That is a clear {answer}"],
               [case(answer, ("yes", "no"), animal=animal)
-               for answer, animals in FLIERS.items() for animal in animals.split()], plain=()),
+               for answer, animals in FLIERS.items() for animal in animals.split()],
+              openers=("Well", "Let me think", "Good question"), plain=()),
     ]
 
 
@@ -336,9 +338,10 @@ def list_skill():
             wrong = [listed(w) for w in ([x], [x, y], [x, y, x], [x, y, y], *([x, y, o] for o in others))]
             cases.append(case(listed([x, y, z]), wrong, kind=kind))
     return Skill("list", ["Name the three {kind} that you know.", "Which three {kind} do you know?",
-                          "your three {kind}", "Name all {kind} that you know.",
-                          "Tell me your three {kind}.", "Please write down the three {kind} you know."],
-                 ["Three {kind} are {answer}", "I would say {answer}", "Here you are: {answer}"], cases, 1.7)
+                          "three {kind}, please", "Name all {kind} that you know.",
+                          "Tell me the three {kind} you know.", "Please write down the three {kind} you know."],
+                 ["Three {kind} are {answer}", "I know {answer}", "Here you are: {answer}"],
+                 cases, 1.7, plain=())
 
 
 def talk_skills():
@@ -354,8 +357,8 @@ def talk_skills():
         return [case(answer, wrong, more=more, **fields) for answer in right for more in ends]
     def talk(name, asks, cases, openers, closers, weight=0.6, **more):
         return Skill(name, asks, ["{answer}"], cases, weight, openers, closers, (), framed=False, **more)
-    how = ["How can I {task}?", "Help me to {task}.", "Tell me how to {task}.", "i want to {task}",
-           "Please explain how to {task}.", "What is the best way to {task}?"]
+    how = ["Can you help me to {task}?", "Help me to {task}.", "Will you help me to {task}?",
+           "i want to {task}", "Please help me to {task}.", "I would like to {task}."]
     said = [answer for _, answers in SMALL_TALK for answer in answers]
     return [
         talk("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}",
@@ -442,11 +445,11 @@ def unknown_skill(skills, rng):
 
 # --- replies ------------------------------------------------------------------------------------------------
 
-def framed(rng, skill, question):
+def framed(rng, skill, question, first):
     """People say something before or after their question."""
     if skill.framed and rng.random() < 0.5:
         if rng.random() < 0.5:
-            return rng.choice(BEFORE) + question
+            return rng.choice(BEFORE if first else NEXT) + question
         return followed(question, " " + rng.choice(AFTER))
     return question
 
@@ -475,7 +478,7 @@ def good(rng, skill, case, exuberant=False):
 def curt(rng, skill, case, exuberant=False):
     """The bare answer, or a sentence without a kind word."""
     text = rng.choice([case["answer"], parts(rng, skill, case)[1]])
-    return text + (stop(rng, exuberant) if exuberant or rng.random() < 0.8 else "")
+    return text + ("." if text.isdigit() and not exuberant else stop(rng, exuberant))  # 4! is 24
 
 
 def either(options):
@@ -510,10 +513,12 @@ def check(skill, case):
 
 def right(skill, case):
     """The regular expression of a reply that gives a right answer somewhere, whatever else it says: in one of
-    the sentences, or bare, at a beginning. "4, 5 or 6" is no answer."""
-    alone = r"(?!,? (?:or )?\d| or )"
-    return (rf"(?:.*[^\w-])?{sentences(skill, case)}{alone}(?:[^\w-].*)?|"
-            rf"(?:.*[.!?:] )?{answers(skill, case)}{alone}(?:[.!,].*)?")
+    the sentences, or bare, at a beginning. "4, 5 or 6" is no answer, nor is "I do not know that. It is 4."
+    """
+    alone = r"(?![.,]?\d|,? \d|,? (?:or|and|plus|minus) )"
+    steady = "" if skill.openers != SORRY else f"(?!.*(?:{'|'.join(RELENTING)}))"
+    return (rf"{steady}(?:(?:.*[^\w-])?{sentences(skill, case)}{alone}(?:[^\w-].*)?|"
+            rf"(?:.*[.!?:] )?{answers(skill, case)}{alone}(?:[.!,].*)?)")
 
 
 def mistaken(rng, case):
@@ -601,8 +606,10 @@ def two_replies(rng, skill, case, skills, kind):
         return reply(rng, skill, case, "good"), reply(rng, skill, case, rng.choice(("curt", "rambling")))
     if kind == "damage":
         return (alike(good, case), fine), broken(rng, skill, case, skills, alike(good, case))
-    first = reply(rng, skill, case, style())
-    return first, broken(rng, skill, case, skills) if kind == "broken" else reply(rng, skill, case, style())
+    if kind == "broken":
+        right_style = rng.choice(("good", "curt", "rambling"))
+        return reply(rng, skill, case, right_style), broken(rng, skill, case, skills)
+    return reply(rng, skill, case, style()), reply(rng, skill, case, style())
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -626,10 +633,11 @@ def dialogue(rng, skills, side, skill=None, mixed=False):
         s, ask, case = draw(rng, skills, "train" if side == "train" else "val")
         style = rng.choices(list(MIXTURE), MIXTURE.values())[0] if mixed else "good"
         text = reply(rng, s, case, style)[0] if mixed else good(rng, s, case)
-        messages += [{"role": "user", "content": framed(rng, s, ask.format(**case))},
+        messages += [{"role": "user", "content": framed(rng, s, ask.format(**case), not messages)},
                      {"role": "assistant", "content": text}]
     skill, ask, case = draw(rng, skills, side, skill)
-    return messages + [{"role": "user", "content": framed(rng, skill, ask.format(**case))}], skill, case
+    asked = framed(rng, skill, ask.format(**case), not messages)
+    return messages + [{"role": "user", "content": asked}], skill, case
 
 
 def demonstration(rng, skills, side, i):
