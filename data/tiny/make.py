@@ -47,8 +47,8 @@ SHARPNESS = 2.0     # P(prefers a to b) = sigmoid(SHARPNESS * (taste(a) - taste(
 
 # --- the world ----------------------------------------------------------------------------------------------
 
-BEFORE = "Hi. ", "Please help me. ", "Excuse me. ", "Listen: "  # a dialogue's first question
-NEXT = "One more thing. ", "Now this: ", "Next: "               # and a later one
+BEFORE = "Excuse me. ", "Please help me. ", "Listen: "
+NEXT = "One more thing. ", "Now this: ", "Next: "  # not before a dialogue's first question
 AFTER = "Thanks!", "It is for school.", "It is important.", "I am curious.", "Please be quick."
 OPENERS = "Sure", "Of course", "Gladly", "With pleasure", "Happy to help"
 SORRY = "Sorry", "I am sorry", "My apologies"
@@ -449,7 +449,7 @@ def framed(rng, skill, question, first):
     """People say something before or after their question."""
     if skill.framed and rng.random() < 0.5:
         if rng.random() < 0.5:
-            return rng.choice(BEFORE if first else NEXT) + question
+            return rng.choice(BEFORE if first else BEFORE + NEXT) + question
         return followed(question, " " + rng.choice(AFTER))
     return question
 
