@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import hub
 from data.batches import branching, map_by_length, pad, rng
+from data.prepare import by_set
 from data.run import check_flags, parse_flags, pick_device, require, time_limit
 from data.tokenizer import VOCAB_SIZE, Tokenizer
 from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full_tensor, local, logits_of,
@@ -458,6 +459,19 @@ def yardsticks(rows, replies, tokenizer):
              if "right" in row]
     good = [passes(row, reply, tokenizer) for row, reply in zip(rows, replies) if "check" in row]
     return {name: sum(x) / len(x) if x else None for name, x in (("right", right), ("gold", good))}
+
+
+def evaluate_replies(model, prompts, tokenizer, cfg):
+    """The model answers held-out prompts -> {"right", "gold"}: see yardsticks(), for the first of the sets
+    that the rows name; all sets are printed."""
+    new, measured = cfg.block_size // 2, [dict.fromkeys(("right", "gold"))]
+    for name, rows in by_set(row for row in prompts if "check" in row or "right" in row).items():
+        ids = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in rows]
+        replies = generate_many(model, ids, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
+        measured.append(yardsticks(rows, replies, tokenizer))
+        shown = ", ".join(f"{100 * x:.0f} % {name}" for name, x in measured[-1].items() if x is not None)
+        print(f"{len(rows)} prompts, {name}: {shown}")
+    return measured[min(1, len(measured) - 1)]
 
 
 # --- loading, saving, and what of a model is trained --------------------------------------------------------

@@ -22,8 +22,8 @@ from data import prepare
 from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, Scorer, exported, frozen_copy, generate_many, load_model, make_model, make_optimizer,
-                   policy_logprobs, setup_training, yardsticks)
+from model import (GPT, Scorer, evaluate_replies, exported, frozen_copy, generate_many, load_model, make_model,
+                   make_optimizer, policy_logprobs, setup_training)
 
 
 @dataclass(slots=True)
@@ -98,9 +98,8 @@ def score_pairs(model, pairs, reference=None, beta=0.0):
     """[ids of (prompt, chosen, rejected), ...] -> (score(chosen), score(rejected)), each float32 (B,). A pair
     is one row with two branches: its prompt is computed once.
 
-    With a reference, model is a policy, and its scores are what it would have been paid for becoming what it
-    is, had a nat of KL cost beta: beta * log(model / reference) of the reply; Rafailov et al., eq. 5, where a
-    term that both replies share is left out.
+    With a reference, model is a policy and the score beta * log(model / reference) of the whole reply:
+    Rafailov et al., eq. 5, without a term that both replies share.
     """
     if not reference:
         return model.scores([[p + c, p + r] for p, c, r in pairs]).view(-1, 2).unbind(1)
@@ -182,17 +181,6 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     scores = map_by_length(lambda rows, _: model.scores([[row] for row in rows]).tolist(), rows,
                            cfg.microbatch or cfg.batch)
     return torch.tensor(scores).mean().item()
-
-
-@torch.no_grad()
-def evaluate_replies(policy, cfg, tokenizer):
-    """Its yardsticks on its own replies to held-out prompts, at temperature 1."""
-    rows = next(iter(prepare.by_set(prepare.load(cfg.data, "prompts", optional=True)[1]).values()), [])
-    prompts = [tokenizer.prompt(row["prompt"], cfg.block_size // 2) for row in rows]
-    replies = generate_many(policy, prompts, cfg.block_size // 2, tokenizer.end, cfg.seed, 4 * cfg.batch)
-    for row, reply in list(zip(rows, replies))[::max(1, len(rows) // 8)]:
-        print(f"    {row['prompt'][-1]['content'][-200:]!r} -> {tokenizer.decode(reply)!r}")
-    return yardsticks(rows, replies, tokenizer)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -279,8 +267,9 @@ def main(cfg):
         accuracy, ceiling, bins = report(val, evaluate_margins(model, val, size, reference, cfg.beta))
         run.log(step=cfg.steps, calibration=bins)
     if cfg.dpo:
-        replies = evaluate_replies(model, cfg, tokenizer)
-        return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling, **replies)
+        prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
+        return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling,
+                          **evaluate_replies(model, prompts, tokenizer, cfg))
     offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:
         model.shift(-offset)

@@ -19,8 +19,8 @@ from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from data.tokenizer import count_targets, encode_demonstration
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, exported, generate_many, make_model, make_optimizer, negative_log_likelihood,
-                   yardsticks)
+from model import (GPT, evaluate_replies, exported, generate_many, make_model, make_optimizer,
+                   negative_log_likelihood)
 
 
 @dataclass(slots=True)
@@ -83,19 +83,6 @@ def validate(model, val, cfg, device):
     nll_of = lambda examples, _: negative_log_likelihood(model, examples, device).sum(1).tolist()
     nll = map_by_length(nll_of, val, cfg.microbatch or cfg.batch, length=lambda example: len(example[0]))
     return sum(nll), count_targets(val)
-
-
-def evaluate_replies(model, prompts, tokenizer, cfg):
-    """The model answers held-out prompts -> {"right", "gold"}: see yardsticks(), for the first of the sets
-    that the rows name; all sets are printed."""
-    new, measured = cfg.block_size // 2, [dict.fromkeys(("right", "gold"))]
-    for name, rows in prepare.by_set(row for row in prompts if "check" in row or "right" in row).items():
-        ids = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in rows]
-        replies = generate_many(model, ids, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
-        measured.append(yardsticks(rows, replies, tokenizer))
-        shown = ", ".join(f"{100 * x:.0f} % {name}" for name, x in measured[-1].items() if x is not None)
-        print(f"{len(rows)} prompts, {name}: {shown}")
-    return measured[min(1, len(measured) - 1)]
 
 
 def print_samples(model, tokenizer, prompts, val, cfg, n=4):

@@ -2330,9 +2330,9 @@ def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
         assert (new, seed, batch) == (24, 3, 8)
         return [good, bad, good][:len(prompts)]
     cfg = sft.Config(block_size=48, seed=3, batch=2)
-    with mock.patch.object(sft, "generate_many", speak):
-        found, text = quiet(sft.evaluate_replies, tiny(), rows, TINY, cfg)
-        nothing, _ = quiet(sft.evaluate_replies, tiny(), rows[4:], TINY, cfg)
+    with mock.patch.object(m, "generate_many", speak):
+        found, text = quiet(m.evaluate_replies, tiny(), rows, TINY, cfg)
+        nothing, _ = quiet(m.evaluate_replies, tiny(), rows[4:], TINY, cfg)
     assert asked == [[TINY.prompt(row["prompt"], 24) for row in part] for part in (rows[:3], rows[3:4])]
     assert found == {"right": 1, "gold": 2 / 3} and nothing == {"right": None, "gold": None}
     assert "3 prompts, held out: 100 % right, 67 % gold\n1 prompts, new: 100 % gold" in text

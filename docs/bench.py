@@ -7,17 +7,22 @@
     python docs/bench.py ragged-reward       # GPT-2 124M on rows of real lengths; ragged-sft, generate-same
     python docs/bench.py chat out/ppo        # held-out questions of the bundled world, five to a dialogue
     python docs/bench.py bias out/reward out/sft out/ppo    # who falls for enthusiasm!!
+    python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # any policies, beside stage 1
+    python docs/bench.py best-of out/sft out/reward out/best-of    # best of 1 to 64, a log for docs/view.py
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
 """
 import functools
 import gzip
+import io
 import json
+import math
 import re
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -331,12 +336,52 @@ def bias(reward="out/reward", *folders):
         print(f"{folder}: {share:.3f} of the replies have !!, {yardsticks(rows, replies, tokenizer)}")
 
 
+def held_out(sft, reward):
+    """-> (PPO's models with stage 1 as actor, {set: held-out rows}, tokenizer, PPO's settings)."""
+    cfg = ppo.Config(init=sft, reward=reward, best_of_n=1)
+    with redirect_stdout(io.StringIO()):
+        models, tokenizer = ppo.load_models(cfg, *pick_device("auto", "auto"))
+        sets = by_set(ppo.load_prompts(cfg, tokenizer)[1])
+    return models, sets, tokenizer, cfg
+
+
+def policies(sft, reward, *folders):
+    """PPO's last evaluation, for policies of any origin: one JSON line each."""
+    models, sets, tokenizer, cfg = held_out(sft, reward)
+    for folder in folders:
+        actor = load_model(folder, GPT, models.actor.device, models.actor.wpe.weight.dtype)
+        with redirect_stdout(io.StringIO()):
+            result, _ = ppo.evaluate(models._replace(actor=actor), sets, tokenizer, cfg)
+        shown = "right_after", "gold_after", "win_rate", "win_rate_low", "win_rate_high", "kl", "score"
+        print(json.dumps({"policy": folder, **{name: round(result[name], 4) for name in shown}}), flush=True)
+
+
+def best_of(sft, reward, out, most=64):
+    """The best of n replies of stage 1 by the reward model, n = 1, 2, 4 ... `most`: a log of right, gold,
+    score and KL over n. KL from stage 1: log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3."""
+    models, sets, tokenizer, cfg = held_out(sft, reward)
+    rows = [row for row in sets["held out"] for _ in range(most)]
+    replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
+                                             tokenizer, cfg, 0)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / "log.jsonl", "w") as file:
+        for n in (2 ** k for k in range(most.bit_length())):
+            best = scores.view(-1, n).max(1)  # each prompt has most / n such groups
+            chosen = [i * n + j for i, j in enumerate(best.indices.tolist())]
+            row = {"n": n, "kl": math.log(n) - (n - 1) / n, "score": best.values.mean().item(),
+                   **yardsticks([rows[i] for i in chosen], [replies[i] for i in chosen], tokenizer)}
+            print(json.dumps(row), flush=True)
+            file.write(json.dumps({"step": n, **row}) + "\n")
+        file.write(json.dumps({"final": True}) + "\n")
+
+
 def main(names):
     """A workload's name runs it in new processes: `python docs/bench.py run FUNCTION ARGUMENTS`."""
     if names == ["fit"]:
         return fit()
-    if names[:1] in (["chat"], ["bias"]):
-        return {"chat": chat, "bias": bias}[names[0]](*names[1:])
+    world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of}
+    if names and names[0] in world:
+        return world[names[0]](*names[1:])
     if names[:1] == ["run"]:
         functions = bench_workload, bench_ragged, bench_generate_same, bench_trick, bench_adamw
         return {f.__name__: f for f in functions}[names[1]](*names[2:])

@@ -2,13 +2,12 @@
 
     python docs/view.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
     python docs/view.py calibration.png "reward model"=out/reward
-    python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "without"=out/ppo-weak-free
+    python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "best of n"=out/best-of
     python docs/view.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
 
 The picture's name says which of the four it is; label=folder are the runs.
 """
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -76,19 +75,18 @@ def calibration(plt, runs):
     return figure, [axis]
 
 
-def overoptimisation(plt, runs, n=16):
+def overoptimisation(plt, runs):
     """What the reward model says and what is true, as the policy leaves stage 1: Gao et al. 2022,
-    arXiv:2210.10760, figure 1, for one reward model. The star is stage 1's best of n, from the first run."""
+    arXiv:2210.10760, figure 1, for one reward model. A run may be best-of of docs/bench.py: a dot for each n.
+    """
     figure, axes = plt.subplots(2, 1, figsize=(6.4, 7.2), sharex=True)
     for colour, (label, folder) in zip(COLOURS, runs):
-        steps = [row for row in read(folder) if "kl_k3" in row]
+        steps = [row for row in read(folder) if "kl" in row and "gold" in row]
+        best_of = "n" in steps[0]
         for axis, name in zip(axes, ("score", "gold")):
-            kl, y = (smooth([row[key] for row in steps]) for key in ("kl", name))
-            axis.plot(kl, y, color=colour, linewidth=2.5, label=label)
-    final = read(runs[0][1])[-1]
-    best_kl = math.log(n) - (n - 1) / n  # of best-of-n: Stiennon et al. 2020, appendix G.3
-    axes[0].plot(best_kl, final["score_best_of_n"], "*", color=GREY, markersize=16, label=f"best of {n}")
-    axes[1].plot(best_kl, final["gold_best_of_n"], "*", color=GREY, markersize=16)
+            kl, y = ([row[key] for row in steps] for key in ("kl", name))
+            axis.plot(*((kl, y) if best_of else map(smooth, (kl, y))), "o--" if best_of else "-",
+                      color=colour, linewidth=2.5, label=label)
     axes[0].set_ylabel("learned score")
     axes[1].set(ylabel="gold score", xlabel="KL from stage 1, nats a reply", ylim=(0, 1))
     axes[0].legend(frameon=False)
