@@ -176,15 +176,12 @@ def k3(logprobs, ref_logprobs):
 # --- rollout ------------------------------------------------------------------------------------------------
 
 def as_batch(rows, replies, end, device):
-    """Rows with their prompts' ids and replies, lists of ids -> what everything after generation works on, as
-    a dict of lists of B and tensors: rows, replies, mask (B, R), ended (B,)."""
+    """-> what everything after generation works on, a dict of lists and tensors: rows, prompts and replies
+    (lists of ids), mask (B, R), ended (B,)."""
     mask = torch.arange(max(map(len, replies))) < torch.tensor([[len(reply)] for reply in replies])
     ended = torch.tensor([reply[-1] == end for reply in replies])
-    return {"rows": rows, "replies": replies, "mask": mask.to(device), "ended": ended.to(device)}
-
-
-def prompts_and_replies(batch):
-    return [row["ids"] for row in batch["rows"]], batch["replies"]
+    return {"rows": rows, "prompts": [row["ids"] for row in rows], "replies": replies,
+            "mask": mask.to(device), "ended": ended.to(device)}
 
 
 def slice_batch(batch, rows):
@@ -198,7 +195,7 @@ def microbatch_size(cfg, batch=None):
     """Rows at once: cfg.microbatch. If that is 0, a process's part of a minibatch, or a quarter of it where
     the rows of a rollout differ so much in length that this saves a quarter of the work."""
     n = cfg.minibatch // WORLD
-    lengths = sorted(len(p) + len(r) for p, r in zip(*prompts_and_replies(batch))) if batch else []
+    lengths = sorted(len(p) + len(r) for p, r in zip(batch["prompts"], batch["replies"])) if batch else []
     computed = lambda n: sum(n * lengths[min(i + n, len(lengths)) - 1] for i in range(0, len(lengths), n))
     quarter = batch and n % 4 == 0 and computed(n // 4) < 0.75 * computed(n)
     return cfg.microbatch or (n // 4 if quarter else n)
@@ -253,7 +250,7 @@ def sample_replies(step, prompts, actor, tokenizer, cfg):
 
 def predicted(critic, batch):
     """-> (B, R): before each token of a reply, what the critic expects of the rest."""
-    return by_reply(critic.head(reply_states(critic, *prompts_and_replies(batch))), batch["replies"])
+    return by_reply(critic.head(reply_states(critic, batch["prompts"], batch["replies"])), batch["replies"])
 
 
 @torch.no_grad()
@@ -273,11 +270,11 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
 
     # Computed as the update does it, not taken from generation, so that the first ratio is exactly 1.
     def learning(b):
-        both = policy_logprobs(actor, *prompts_and_replies(b), cfg.temperature, entropy=True)
+        both = policy_logprobs(actor, b["prompts"], b["replies"], cfg.temperature, entropy=True)
         return [*both, *([predicted(critic, b)] if critic else [])]
 
     def frozen(b):
-        return [policy_logprobs(reference, *prompts_and_replies(b), cfg.temperature)[0],
+        return [policy_logprobs(reference, b["prompts"], b["replies"], cfg.temperature)[0],
                 score_replies(reward_model, b["rows"], b["replies"], tokenizer)]
 
     keep_graph = size == len(rows) and WORLD == 1 and not cfg.checkpoint and cfg.offload == "none"
@@ -333,7 +330,7 @@ def ppo_gradients(batch, minibatch, first_pass, models, actor_learns, cfg):
         b = slice_batch(batch, part.tolist())
         if actor_learns:
             logprobs = first_pass[0] if first_pass else policy_logprobs(
-                models.actor, *prompts_and_replies(b), cfg.temperature)[0]
+                models.actor, b["prompts"], b["replies"], cfg.temperature)[0]
             sums = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], cfg.clip)
             (sums[0] / n).backward()  # before the critic begins: one network's activations at a time
             for name, x in zip(("policy_loss", "clip_fraction", "approx_kl", "ratio"), sums):

@@ -178,7 +178,7 @@ def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
     cfg, models, batch, _, _ = a_rollout()
     statistics = update(cfg, models, batch)
-    prompts, replies = ppo.prompts_and_replies(batch)
+    prompts, replies = batch["prompts"], batch["replies"]
     new, _ = m.policy_logprobs(tiny(), prompts, replies)
     assert statistics["ratio_first"] == 1.0 and torch.equal(new, batch["logprobs"])
     dropped = F.dropout(m.reply_states(tiny(), prompts, replies), 0.1)  # the mistake
@@ -1733,15 +1733,17 @@ def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
 
 def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path):
     run(sft, tmp_path)
-    cfg, net, said = small(reward, tmp_path, microbatch=3), tiny(Scorer), [[7, TINY.end], [8, 9]]
+    cfg, net = small(reward, tmp_path, microbatch=3, block_size=24), tiny(Scorer)
+    said = [[7, TINY.end], [8, 9]]
     def speak(policy, prompts, new, end, seed, batch):
         assert torch.equal(weights_of(policy), weights_of(m.load_model(cfg.init)))
         train = prepare.load(cfg.data, "prompts")[0][:4]
-        assert prompts == [TINY.prompt(row["prompt"], 32) for row in train] and (new, batch) == (32, 3)
+        assert prompts == [TINY.prompt(row["prompt"], 12) for row in train] and (new, batch) == (12, 3)
+        assert any(len(TINY.prompt(row["prompt"], 99)) > 12 for row in train)
         return said * 2
     with mock.patch.object(reward, "generate_many", speak):
         got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
-    prompts = [TINY.prompt(row["prompt"], 32) for row in prepare.load(cfg.data, "prompts")[0][:4]]
+    prompts = [TINY.prompt(row["prompt"], 12) for row in prepare.load(cfg.data, "prompts")[0][:4]]
     scores = [values_of(net, torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
     close(got, sum(scores) / 4)
     cfg.init = "scratch"
@@ -2287,7 +2289,7 @@ def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_sa
     alike, ragged = [30] * 16, [10] * 12 + [60] * 4
     for lengths, cfg, want in ((None, {}, 8), (alike, {}, 8), (ragged, {}, 2), (ragged, {"microbatch": 4}, 4),
                                (ragged, {"minibatch": 6}, 6)):
-        batch = lengths and {"rows": [{"ids": [5] * (n - 2)} for n in lengths], "replies": [[6, 7]] * 16}
+        batch = lengths and {"prompts": [[5] * (n - 2) for n in lengths], "replies": [[6, 7]] * 16}
         assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), batch) == want
     prompts = [{"ids": random_ids(n, seed=i).tolist()} for i, n in enumerate((3, 3, 4, 4, 5, 5, 40, 48))]
     cfg, models, *_ = a_rollout(minibatch=8)
@@ -2797,7 +2799,7 @@ def test_imports_run_one_way_and_no_stage_imports_another():
 
 # What makes a command short; a later flag of the same name wins.
 SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
-         "ppo.py": "--steps=2 --batch=8 --minibatch=4 --microbatch=2 --max_new_tokens=12 --best_of_n=2 "
+         "ppo.py": "--steps=2 --batch=16 --minibatch=8 --microbatch=2 --max_new_tokens=12 --best_of_n=2 "
                    "--eval_prompts=8"}
 SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
 
