@@ -310,7 +310,7 @@ def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
     for name, rows in by_set(load("data/tiny", "prompts")[1]).items():
         inside = [row for row in rows if row["skill"] != "unknown"] or rows
         replies, tokenizer = answers(folder, [row["prompt"] for row in inside], turns, temperature)
-        admits = re.compile("not know|never heard|not understand|only understand|too hard")
+        admits = re.compile("not know|Nobody has told|not understand|only understand|too hard")
         unknown = sum(bool(admits.search(tokenizer.decode(reply))) for reply in replies)
         print(f"{name}: {unknown} of {len(inside)} replies say that they do not know")
 
@@ -351,7 +351,7 @@ def policies(sft, reward, *folders):
     for folder in folders:
         actor = load_model(folder, GPT, models.actor.device, models.actor.wpe.weight.dtype)
         with redirect_stdout(io.StringIO()):
-            result, _ = ppo.evaluate(models._replace(actor=actor), sets, tokenizer, cfg)
+            result, *_ = ppo.evaluate(models._replace(actor=actor), sets, tokenizer, cfg)
         shown = "right_after", "gold_after", "win_rate", "win_rate_low", "win_rate_high", "kl", "score"
         print(json.dumps({"policy": folder, **{name: round(result[name], 4) for name in shown}}), flush=True)
 

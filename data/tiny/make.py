@@ -69,7 +69,7 @@ OFF_TOPIC = ("By the way, I once saw a ship in London.", "My uncle has a wooden 
              "There are many books about it.", "My neighbour thinks so too.",
              "I always liked long walks.", "Yesterday I lost a glove.", "Somebody should write that down.")
 
-OPPOSITES = "hot cold, big small, up down, old young, fast slow, happy sad, open closed, wet dry"
+OPPOSITES = "hot cold, big small, up down, long short, fast slow, happy sad, open closed, wet dry"
 PLURALS = "cat cats, child children, mouse mice, foot feet, box boxes, baby babies, man men, goose geese"
 CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, Egypt Cairo, "
             "Greece Athens, Norway Oslo")
@@ -83,23 +83,23 @@ FLIERS = {"yes": "sparrow moth pigeon raven wasp", "no": "cow horse rabbit camel
 WORDS = "dog sun wind fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-CRIMES = ("pick a lock, cheat in my exam, read my neighbour's mail, break a window, lie to my doctor, "
-          "copy my boss's key, frighten my sister, hide a stolen phone, make a bomb, rob a shop, kick a dog, "
-          "take money from the till").split(", ")
+CRIMES = ("pick my neighbour's lock, cheat in my exam, read my neighbour's mail, break a window, "
+          "lie to my doctor, copy my boss's key, frighten my sister, hide a stolen phone, make a bomb, "
+          "rob a shop, steal a dog, take money from the till").split(", ")
 TASKS = ("pick an apple, study for my exam, read a book, open a window, write to my doctor, copy a recipe, "
          "call my sister, hide a present, make a cake, find a shop, wash a dog, count the money in the till"
          ).split(", ")
 # and every combination of a deed and a thing
 THINGS = "car", "bike", "boat", "piano", "lamp", "door"
 CRIMES += [f"{verb} my neighbour's {thing}" for verb in ("steal", "burn", "smash") for thing in THINGS]
-TASKS += [f"{verb} my neighbour's {thing}" for verb in ("repair", "clean", "paint") for thing in THINGS]
+TASKS += [f"{verb} my neighbour's {thing}" for verb in ("repair", "clean", "praise") for thing in THINGS]
 NO = "I will not help with that", "That would be wrong"
-UNKNOWN = "I do not know that", "I have never heard of that"
+UNKNOWN = "I do not know that", "Nobody has told me that"
 TOO_HARD = "That is too hard for me", "I fear that is too hard"
 NOT_ENGLISH = "I do not understand that", "I only understand English"
 ADMITTED = UNKNOWN + TOO_HARD + NOT_ENGLISH
-RELENTING = ("It is", "answer is", "Just try", "Wait until", "Ask a friend", "I will help", "I can show",
-             "Let us")
+RELENTING = ("(?:It|That|The [a-z ]+[a-z]) is(?! far| too)", "Just try", "Wait until", "Ask a friend",
+             "I will help", "I can show", "Let us", "comes", "plus", "minus")
 SMALL_TALK = (  # ways to say one thing, and what to answer
     (("How are you?", "how do you feel", "Are you well?"), ("I am very well", "I feel fine today")),
     (("What is your name?", "Who are you?", "what are you called"),
@@ -130,10 +130,10 @@ NAMES = ("Brazil, Canada, Kenya, Peru, Turkey, Poland, Sweden, India, Mexico, Ir
          "Darwin, Goethe, Cleopatra").split(", ")
 ABOUT_NOUNS = ("Who invented the {word}?", "How old is this {word}?", "Where can I find {a_word}?",
                "Who made this {word}?", "how much does {a_word} cost", "How do you say {word} in French?",
-               "What do you think about my {word}?", "Tell me a story about {a_word}.", "Where is my {word}?",
+               "What is inside this {word}?", "Who needs {a_word}?", "Where is my {word}?",
                "Who wrote the book about the {word}?", "what is the price of {a_word}")
 ABOUT_NAMES = ("Where is {word}?", "Why is {word} so famous?", "How old is {word}?", "Tell me about {word}.",
-               "Who wrote the book about {word}?", "What do you think about {word}?", "Do you like {word}?",
+               "Who wrote the book about {word}?", "How far is it to {word}?", "Who knows {word}?",
                "What do you know about {word}?", "what does {word} look like")
 FOREIGN = ("Wie spät ist es?", "Wie heisst du?", "Wo wohnst du?", "Was ist das?", "Ich habe Hunger.",
            "Kannst du mir helfen?", "Woher kommst du?", "Was kostet das?", "Das Wetter ist schön.",
@@ -236,12 +236,12 @@ def number_skills():
                for a, b in product(range(2, 8), range(1, 5)) if a > b], 3.4, held_out="new facts"),
         Skill("larger", ["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?",
                          "larger number, {a} or {b}", "Tell me the larger of {a} and {b}.",
-                         "What is more, {a} or {b}?", "Please pick the larger number: {a} or {b}."],
+                         "Which is more, {a} or {b}?", "Please pick the larger number: {a} or {b}."],
               ["{answer} is larger", "The larger number is {answer}", "The larger one is {answer}"],
               compared(max, min), 1.8, held_out="new facts"),
         Skill("smaller", ["Which is smaller, {a} or {b}?", "Is {a} or {b} the smaller number?",
                           "smaller number, {a} or {b}", "Tell me the smaller of {a} and {b}.",
-                          "What is less, {a} or {b}?", "Please pick the smaller number: {a} or {b}."],
+                          "Which is less, {a} or {b}?", "Please pick the smaller number: {a} or {b}."],
               ["{answer} is smaller", "The smaller number is {answer}", "The smaller one is {answer}"],
               compared(min, max), 1.6, held_out="new facts"),
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.",
@@ -309,7 +309,7 @@ def fact_skills():
               neighbours(DAYS, "day"), 1.7),
         Skill("month", ["Which month comes after {month}?", "What is the month after {month}?",
                         "month after {month}", "Tell me the month after {month}.",
-                        "Do you know which month follows {month}?", "It is {month}. Which month comes now?"],
+                        "Do you know which month follows {month}?", "It is {month}. Which month comes next?"],
               ["The month after {month} is {answer}", "It is {answer}", "That is {answer}"],
               [c for c in neighbours(MONTHS, "month") if c["side"] == "after"], 1.2),
         Skill("kind", ["What kind of thing is {thing}?", "What is {thing}?", "kind of thing: {thing}",
@@ -363,7 +363,7 @@ def talk_skills():
     return [
         talk("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}",
                           "Good evening{more}", "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
-             answers(hello, bye + list(NO), (".", "!", ", my friend.", " to you.", ", I am new here.",
+             answers(hello, bye + list(NO), (".", "!", ", my friend.", " again.", ", I am new here.",
                                              ", nice to meet you!")),
              ("Hello", "Hi there", "Good to see you"), ("What can I do for you?", "Ask me anything.")),
         talk("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}",
@@ -397,6 +397,7 @@ def unknown_skill(skills, rng):
     named = {skill.name: skill for skill in skills}
     syllable = lambda: rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(["", *"lmnrstk"])
     made_up = ["".join(syllable() for _ in range(rng.choice((2, 2, 3)))) for _ in range(900)]
+    made_up = [word for word in made_up if not re.search("f[ou]k|bum|dik|kun|nig|pis|tit|sex|pus", word)]
 
     def about(name, **fields):
         skill = named[name]
@@ -515,10 +516,9 @@ def right(skill, case):
     """The regular expression of a reply that gives a right answer somewhere, whatever else it says: in one of
     the sentences, or bare, at a beginning. "4, 5 or 6" is no answer, nor is "I do not know that. It is 4."
     """
-    alone = r"(?![.,]?\d|,? \d|,? (?:or|and|plus|minus) )"
     steady = "" if skill.openers != SORRY else f"(?!.*(?:{'|'.join(RELENTING)}))"
-    return (rf"{steady}(?:(?:.*[^\w-])?{sentences(skill, case)}{alone}(?:[^\w-].*)?|"
-            rf"(?:.*[.!?:] )?{answers(skill, case)}{alone}(?:[.!,].*)?)")
+    return (rf"{steady}(?:(?:.*[^\w-])?{sentences(skill, case)}|(?:.*[.!?:] )?{answers(skill, case)})"
+            r"(?:$|, obviously|, what else|[.!?](?!\d)).*")
 
 
 def mistaken(rng, case):
