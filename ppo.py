@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from data import prepare
 from data.batches import batch_at, map_by_length, rng
-from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from data.run import (Run, check_flags, linear_lr, machine, memory_gb, parse_flags, pick_device, require,
+                      run_dry)
 from data.tokenizer import count_targets, encode_demonstration
 from memory import RANK, WORLD, all_reduce_sum, distributed_map, phase, shard, unsharded
 from model import (GPT, Scorer, by_reply, exported, frozen_copy, generate, generate_many, load_model,
@@ -299,16 +300,25 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     return batch, replies, (logprobs, *values) if keep_graph else None
 
 
+def token_table(batch, i, tokenizer):
+    """All that is known of reply i: its tokens, its score, and a column of numbers for each name."""
+    names = {"logprob": "logprobs", "ref": "ref_logprobs", "kl": "kl", "reward": "rewards",
+             "value": "values", "return": "returns", "advantage": "advantages"}
+    reply = batch["replies"][i]
+    columns = {title: [round(x, 4) for x in batch[name][i, :len(reply)].tolist()]
+               for title, name in names.items() if name in batch}
+    tokens = [tokenizer.decode([t]) if t != tokenizer.end else "<|end|>" for t in reply]
+    return {"tokens": tokens, "score": batch["scores"][i].item(), "columns": columns}
+
+
 def trace(batch, tokenizer):
     """Print the first reply, token by token."""
-    columns = {"logprob": "logprobs", "ref": "ref_logprobs", "kl": "kl", "reward": "rewards",
-               "value": "values", "return": "returns", "advantage": "advantages"}
-    columns = {title: batch[name][0].tolist() for title, name in columns.items() if name in batch}
-    print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in columns))
-    for t, token in enumerate(batch["replies"][0]):
-        text = repr(tokenizer.decode([token])) if token != tokenizer.end else "<|end|>"
-        print(f"{text:>14} " + " ".join(f"{column[t]:9.3f}" for column in columns.values()))
-    print(f"score {batch['scores'][0]:.3f}, paid on the last token")
+    reply = token_table(batch, 0, tokenizer)
+    print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in reply["columns"]))
+    for token, *numbers in zip(reply["tokens"], *reply["columns"].values()):
+        text = token if token == "<|end|>" else repr(token)
+        print(f"{text:>14} " + " ".join(f"{x:9.3f}" for x in numbers))
+    print(f"score {reply['score']:.3f}, paid on the last token")
 
 
 # --- update -------------------------------------------------------------------------------------------------
@@ -468,9 +478,9 @@ def win_rate(ours, theirs):
 
 
 def evaluate(models, sets, tokenizer, cfg):
-    """{set: held-out rows} -> (summary of the first set, {set: its yardsticks}): of stage 1, its best of n by
-    the same reward model, and the policy. Who wins is decided by the checks, or by the learned score where a
-    row has none."""
+    """{set: held-out rows} -> (summary of the first set, {set: its yardsticks}, samples): of stage 1, its
+    best of n by the same reward model, and the policy. Who wins is decided by the checks, or by the learned
+    score where a row has none."""
     answers = lambda model, rows, seed: evaluate_policy(model, models.reference, models.reward_model, rows,
                                                         tokenizer, cfg, seed)
     named = lambda rows, replies, suffix: {f"{name}_{suffix}": share for name, share
@@ -487,11 +497,14 @@ def evaluate(models, sets, tokenizer, cfg):
     passed = lambda replies: torch.tensor([float(passes(*pair, tokenizer)) for pair in zip(rows, replies)])
     checked = all("check" in row for row in rows)
     rate, low, high = win_rate(*(map(passed, (after, before)) if checked else (after_scores, before_scores)))
+    samples = [{"question": rows[i]["prompt"][-1]["content"][-200:],
+                "before": tokenizer.decode(before[i]), "score_before": before_scores[i].item(),
+                "after": tokenizer.decode(after[i]), "score_after": after_scores[i].item()}
+               for i in range(0, len(rows), max(1, len(rows) // 8))]
     print("held-out prompts, stage 1 -> after PPO:")
-    for i in range(0, len(rows), max(1, len(rows) // 8)):
-        question = rows[i]["prompt"][-1]["content"][-200:]
-        print(f"    {question!r}\n        {tokenizer.decode(before[i])!r} ({before_scores[i]:+.2f})\n"
-              f"     -> {tokenizer.decode(after[i])!r} ({after_scores[i]:+.2f})")
+    for x in samples:
+        print(f"    {x['question']!r}\n        {x['before']!r} ({x['score_before']:+.2f})\n"
+              f"     -> {x['after']!r} ({x['score_after']:+.2f})")
     for name, shares in table.items():
         shown = [f"{key} {shares[f'{key}_before']:.2f} -> {shares[f'{key}_after']:.2f}"
                  for key in ("right", "gold") if shares[f"{key}_before"] is not None]
@@ -500,7 +513,7 @@ def evaluate(models, sets, tokenizer, cfg):
     return {**table[first], **named(rows, best, "best_of_n"),
             "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "kl": kl.mean().item(),
             "score_before": before_scores.mean().item(), "score": after_scores.mean().item(),
-            "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}, table
+            "score_best_of_n": many_scores.view(-1, n).amax(1).mean().item()}, table, samples
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -626,8 +639,14 @@ def main(cfg):
                 run.log(step=done, **log)
             for warning in health_warnings(log, dtype):
                 say(f"    warning: {warning}")
+                run.log(step=done, warning=warning)
+            if step == run.start or done % cfg.eval_every == 0:
+                some = range(0, len(rows), math.ceil(len(rows) / 8))  # short prompts, middling and long ones
+                tables = [{"question": rows[i]["prompt"][-1]["content"][-200:],
+                           **token_table(batch, i, tokenizer)} for i in some]
+                run.log(step=done, rollouts=tables, flags=run.cfg, machine=machine(device))
             if done % cfg.eval_every == 0:
-                for i in range(0, len(rows), math.ceil(len(rows) / 3)):  # a short, a middling, a long prompt
+                for i in range(0, len(rows), math.ceil(len(rows) / 3)):
                     question, reply = rows[i]["prompt"][-1]["content"][-200:], tokenizer.decode(replies[i])
                     say(f"    {question!r} -> {reply!r} "
                         f"(score {batch['scores'][i]:+.2f}, kl {batch['kl'][i].sum():.2f})")
@@ -637,8 +656,8 @@ def main(cfg):
     summary = {}
     if val:
         sets = {name: rows[:cfg.eval_prompts] for name, rows in prepare.by_set(val).items()}
-        summary, table = evaluate(models, sets, tokenizer, cfg)
-        run.log(step=cfg.steps, sets=table)
+        summary, table, samples = evaluate(models, sets, tokenizer, cfg)
+        run.log(step=cfg.steps, sets=table, samples=samples)
     return run.finish(cfg.steps, **summary)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import html.parser
 import http.server
 import inspect
 import io
@@ -746,7 +747,7 @@ def test_all_stages_run_there_with_every_offload_and_agree_with_the_cpu(tmp_path
     for changes in ({"device": "cpu"}, {}, {"offload": "optimizer"}, {"offload": "all"},
                     {"offload": "all", "lora_rank": 2}):  # the last one is another model, and has to run
         run_all(tmp_path, **setting | changes)
-        rows = [row for name in ("sft", "reward", "ppo") for row in log(tmp_path / "out" / name)[:2]]
+        rows = [row for name in ("sft", "reward", "ppo") for row in log(tmp_path / "out" / name) if "lr" in row]
         losses.append(torch.tensor([row.get("loss", row.get("value_loss")) for row in rows]))
     for other in losses[1:4]:
         assert torch.allclose(losses[0], other, rtol=1e-3), losses
@@ -2126,7 +2127,7 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
         value_clip=0.05, value_coef=0.7, score_clip=0.6, missing_eos_penalty=0.3, ptx_coef=0.4,
         target_kl=0.02, save_every=2) | changes)
     group = cfg.group or 1
-    with mock.patch.object(ppo, "evaluate", return_value=({}, {})) as evaluate:
+    with mock.patch.object(ppo, "evaluate", return_value=({}, {}, [])) as evaluate:
         run_and_resume(ppo, cfg, "update", 3)
     held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
     assert [row["prompt"] for row in evaluate.call_args.args[1]["held out"]] == held_out
@@ -2261,7 +2262,7 @@ def test_the_evaluation_reports_known_replies_and_scores():
         scores=lambda groups: torch.tensor([value[row[2]] for rows in groups for row in rows]))
     cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
     with mock.patch.object(ppo, "generate_many", speak):
-        (result, table), text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
+        (result, table, samples), text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
                                       {"held out": rows}, TINY, cfg)
     assert table == {"held out": {f"{name}_{when}": result[f"{name}_{when}"] for when in ("before", "after")
                                   for name in ("right", "gold")}}
@@ -2279,9 +2280,11 @@ def test_the_evaluation_reports_known_replies_and_scores():
             "score": (2 + 1 + 2 + 2) / 4, "score_best_of_n": 2.0}
     assert result == want and rate == 0.75, result
     assert "'3?'\n        ' so' (+1.00)\n     -> ' yes' (+2.00)" in text
+    assert samples[3] == {"question": "3?", "before": " so", "score_before": 1.0, "after": " yes",
+                          "score_after": 2.0}
     del rows[0]["check"]  # without a yardstick the learned score decides
     with mock.patch.object(ppo, "generate_many", speak):
-        (result, _), _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
+        (result, *_), _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
                                {"held out": rows}, TINY, cfg)
     assert (result["gold_after"], result["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
 
@@ -2306,11 +2309,53 @@ def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_sa
     assert shapes == [[2] * 8, [8] * 2] and first_pass is None
     close(*grads, 1e-5)
 
+def test_the_page_shows_the_runs_own_numbers(tmp_path):
+    run_all(tmp_path)
+    cfg = small(ppo, tmp_path, steps=5, eval_every=2, out=str(tmp_path / "out/a & <b>"))
+    quiet(ppo.main, cfg)
+    rows = log(Path(cfg.out))
+    assert [row["step"] for row in rows if "rollouts" in row] == [1, 2, 4]
+    told = next(row for row in rows if "rollouts" in row)
+    assert told["flags"] == dataclasses.asdict(cfg) and "torch" in told["machine"]
+    said = told["rollouts"]
+    assert len(said) == 8 and said[0].keys() == {"question", "tokens", "score", "columns"}
+    for reply in said:  # what it was paid is the score, less what the distance cost
+        numbers = reply["columns"]
+        assert all(len(x) == len(reply["tokens"]) for x in numbers.values())
+        close(sum(numbers["reward"]), reply["score"] - cfg.kl_coef * sum(numbers["kl"]), 1e-3)
+    done = finished([sys.executable, ROOT / "docs/view.py", cfg.out])
+    assert done.returncode == 0, done.stderr
+    shown = (Path(cfg.out) / "run.html").read_text()
+    for forbidden in ("<script", "http://", "https://", "src=", "<b>/"):
+        assert forbidden not in shown
+    parsed = []
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            parsed.append((tag, dict(attributes)))
+    Reader().feed(shown)
+    titles = [attributes["title"] for tag, attributes in parsed if attributes.get("class") == "token"]
+    first = ", ".join(f"{name} {numbers[0]:.3f}" for name, numbers in said[0]["columns"].items())
+    assert titles[0] == first and len(titles) == 4 * sum(
+        len(reply["tokens"]) for row in rows if "rollouts" in row for reply in row["rollouts"])
+    sample = next(row for row in rows if "samples" in row)["samples"][0]
+    assert html.escape(f"{sample['after']} ({sample['score_after']:+.2f})") in shown
+    steps = [row for row in rows if "entropy" in row]
+    assert f"good {steps[-1]['gold']:.3g}<" in shown and f"learned score {steps[-1]['score']:.3g}<" in shown
+    # a run that has not ended can be seen, without its last, half-written line; a missing log is one line
+    lines = (Path(cfg.out) / "log.jsonl").read_text().splitlines(True)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "log.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    assert finished([sys.executable, ROOT / "docs/view.py", unfinished]).returncode == 0
+    assert "not finished: step" in (unfinished / "run.html").read_text()
+    done = finished([sys.executable, ROOT / "docs/view.py", tmp_path / "nowhere"])
+    assert done.returncode == 1 and "no log here" in done.stderr and "Traceback" not in done.stderr
+
 def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path):
     run_all(tmp_path)
     _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
     assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
-    samples = lambda text: len(re.findall(r"^    '.*' -> '", text, re.M))
+    samples = lambda text: len(re.findall(r"^    '.*' -> ['\"]", text, re.M))
     assert samples(run(sft, tmp_path, steps=5, eval_every=2, log_every=2)[1]) == 2 * 4 + 8
     assert [row["step"] for row in log(tmp_path / "out/sft") if "loss" in row] == [2, 4, 5]
     for stage, key in ((sft, "val_loss"), (reward, "val_accuracy")):  # the last step's is the summary's
@@ -2734,7 +2779,8 @@ def test_two_processes_take_the_same_course_as_one(tmp_path):
         out, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and out.count("2 processes") == 1, errors  # the first speaks for all
         for a, b in zip(*map(log, folders), strict=True):
-            for name in a.keys() - {"seconds", "tokens_per_s", "memory_gb", "calibration"}:
+            for name in a.keys() - {"seconds", "tokens_per_s", "memory_gb", "calibration", "flags",
+                                         "rollouts", "samples"}:
                 agree = a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name]))
                 assert agree, (stage, name, a, b)
         nets = [m.load_model(folder, Scorer if stage is reward else GPT) for folder in folders]

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -154,6 +155,12 @@ def pick_device(device, dtype):
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"device {device} ({name}), {dtype} ({reason})" + f", {WORLD} processes" * (WORLD > 1))
     return device, getattr(torch, dtype)
+
+
+def machine(device):
+    """What it runs on, in words."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def memory_gb(device):

@@ -1,14 +1,18 @@
-"""Draws the README's pictures from logs. Needs matplotlib, which nothing else here does.
+"""Shows a run: as a page, out/ppo/run.html, and as pictures from logs.
 
+    python docs/view.py out/ppo             # the page; --watch writes it anew while the run goes on
     python docs/view.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
     python docs/view.py calibration.png "reward model"=out/reward
     python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "best of n"=out/best-of
     python docs/view.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
 
-The picture's name says which of the four it is; label=folder are the runs.
+A picture's name begins with what it shows, one of the four; label=folder are the runs. Pictures need
+matplotlib, which nothing else here does.
 """
 import json
 import sys
+import time
+from html import escape
 from pathlib import Path
 
 GREY = "#808080"  # legible on white and on black, as the colours are
@@ -17,14 +21,14 @@ WINDOW = 8  # logged steps in a point's average
 
 
 def read(folder):
-    """-> the log's lines as dicts, the last of them the summary."""
-    path = Path(folder) / "log.jsonl"
-    if not path.exists():
-        raise SystemExit(f"{path}: no log here. The README says which command makes it.")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not rows or not (rows[-1].get("final") or rows[-1].get("dry_run")):
-        raise SystemExit(f"{path}: the run has not ended. Go on with --resume.")
-    return rows
+    """-> the log's lines as dicts; of a run that has ended, the last is the summary."""
+    paths = [path for name in ("log.jsonl.new", "log.jsonl") if (path := Path(folder) / name).exists()]
+    if not paths:
+        raise SystemExit(f"{folder}/log.jsonl: no log here. The README says which command makes it.")
+    lines = paths[0].read_text(encoding="utf-8").split("\n")[:-1]  # not the one that is being written
+    if not lines:
+        raise SystemExit(f"{paths[0]}: nothing logged yet.")
+    return [json.loads(line) for line in lines]
 
 
 def smooth(numbers):
@@ -112,10 +116,198 @@ def memory(plt, runs):
     return figure, [axis]
 
 
-def main(picture, runs):
+# --- the page -----------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark;
+        --ink: #1f2328; --soft: #59636e; --line: #d0d7de; --paper: #fff; --card: #f6f8fa }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --paper: #0d1117; --card: #151b23 } }
+body { margin: 0 auto; max-width: 1160px; padding: 16px; font: 16px/1.5 system-ui, sans-serif;
+       color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+h1 { font-size: 24px; margin: 8px 0 }  h2 { font-size: 19px; margin: 32px 0 4px }
+p { margin: 4px 0 12px; color: var(--soft) }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 16px }
+figure, .reply { margin: 8px 0 0; background: var(--card); border: 1px solid var(--line);
+                 border-radius: 8px; padding: 10px }
+figcaption, .reply b { font-weight: 600; font-size: 15px }
+svg { width: 100%; height: auto; display: block }  svg text { fill: var(--soft); font-size: 12px }
+.key { font-size: 13px; color: var(--soft) }
+.key span { white-space: nowrap; margin-right: 10px }
+.key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px }
+input { position: absolute; opacity: 0 }  input:focus-visible + label { outline: 2px solid var(--ink) }
+label { display: inline-block; padding: 3px 10px; border: 1px solid var(--line); border-radius: 14px;
+        font-size: 14px; cursor: pointer; margin: 0 6px 6px 0 }
+input:checked + label { background: var(--ink); color: var(--paper) }
+.token { white-space: pre-wrap; padding: 2px 0; border-radius: 3px }
+summary { cursor: pointer; margin: 12px 0 }
+table { border-collapse: collapse; font-size: 14px }
+td, th { border-top: 1px solid var(--line); padding: 5px 12px 5px 0; text-align: left; vertical-align: top }
+.warning { border-left: 4px solid #e8743b; padding-left: 10px }
+"""
+VIEWS = {  # a token's number: how the page says it, and where its colour is full
+    "kl": ("log-ratio", "how much likelier than stage 1 the policy made it", 1),
+    "reward": ("reward", "what it was paid: the score on the last token, less what the distance costs", 1),
+    "value": ("value", "what the critic expected from there on", 2),
+    "advantage": ("advantage", "better or worse than expected: what the policy learns from", 2)}
+
+
+def chart(title, series, levels=None, xlabel="step", width=360, height=190):
+    """{label: (x, y)}, {label: y of a dashed line} -> an SVG line chart with its key."""
+    levels = {label: y for label, y in (levels or {}).items() if y is not None}
+    series = {label: (x, y) for label, (x, y) in series.items() if x}
+    xs, ys = ([v for pair in series.values() for v in pair[i]] for i in (0, 1))
+    low, high, right = min([0, *ys]), max([0, *ys, *levels.values()]) or 1, max(xs, default=1) or 1
+    px = lambda x: f"{44 + (width - 54) * x / right:.1f}"
+    py = lambda y: f"{height - 24 - (height - 34) * (y - low) / (high - low):.1f}"
+    out, key = [], []
+    for y in (low, (low + high) / 2, high):
+        out.append(f'<line x1="44" x2="{width - 10}" y1="{py(y)}" y2="{py(y)}" stroke="var(--line)"/>'
+                   f'<text x="40" y="{float(py(y)) + 4}" text-anchor="end">{y:.2g}</text>')
+    for colour, (label, (x, y)) in zip(COLOURS, series.items()):
+        line = " ".join(f"{px(a)},{py(b)}" for a, b in zip(x, y))
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                   + f'<circle cx="{px(x[-1])}" cy="{py(y[-1])}" r="3" fill="{colour}"/>')
+        key.append((colour, f"{label} {y[-1]:.3g}"))
+    for colour, (label, y) in zip(COLOURS[len(series):], levels.items()):
+        out.append(f'<line x1="44" x2="{width - 10}" y1="{py(y)}" y2="{py(y)}" stroke="{colour}" '
+                   'stroke-dasharray="5 4"/>')
+        key.append((colour, f"{label} {y:.3g}"))
+    out.append(f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">{xlabel} {right:.4g}</text>')
+    keys = " ".join(f'<span><i style="background:{colour}"></i>{escape(text)}</span>' for colour, text in key)
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {height}" role="img">'
+            f'{"".join(out)}</svg><div class="key">{keys}</div></figure>')
+
+
+def column(rows, name, x="step"):
+    """-> (x, y) of the steps that logged both."""
+    rows = [row for row in rows if "final" not in row and None not in (row.get(name), row.get(x))]
+    y = [row[name] for row in rows]
+    return [row[x] for row in rows], smooth(y) if len(y) > 2 * WINDOW else y
+
+
+def charts(ppo, sft, reward):
+    """The logs of the three stages, [] where there is none -> what they learned."""
+    last = {} if not ppo[-1].get("final") else ppo[-1]
+    out = []
+    if sft:
+        out.append(chart("Stage 1 imitates", {"loss, nats a token": column(sft, "loss")}))
+    if reward:
+        out.append(chart("Stage 2 ranks: share of pairs right", {
+            "training": column(reward, "accuracy"), "held out": column(reward, "val_accuracy")},
+            {"ceiling of noisy labels": reward[-1].get("ceiling")}))
+    out.append(chart("Stage 3: what is paid", {"learned score": column(ppo, "score")}))
+    steps = [row for row in ppo if row.get("gold") is not None and row.get("right") is not None]
+    if steps:
+        out.append(chart("Stage 3: what is true, by the checks", {
+            "good": column(ppo, "gold"), "right somewhere": column(ppo, "right")}, {
+            "held out, stage 1": last.get("gold_before"), "best of n": last.get("gold_best_of_n"),
+            "after PPO": last.get("gold_after")}))
+        style = {"good": "gold", "right, but curt, rude or rambling": "manners", "wrong": "wrong"}
+        rows = [row | {"manners": max(0, row["right"] - row["gold"]),
+                       "wrong": 1 - max(row["right"], row["gold"])} for row in steps]
+        out.append(chart("How it speaks: shares of replies", {k: column(rows, v) for k, v in style.items()}))
+        by_kl = [(column(steps, "kl")[1], column(steps, name)[1]) for name in ("score", "gold")]
+        out.append(chart("Paid and true, over the distance from stage 1", {
+            "learned score / 5": (by_kl[0][0], [y / 5 for y in by_kl[0][1]]), "good": by_kl[1]},
+            xlabel="KL, nats a reply:"))
+    out.append(chart("Distance from stage 1", {"KL, nats a reply": column(ppo, "kl")}))
+    return f'<div class="charts">{"".join(out)}</div>'
+
+
+def coloured(reply, view):
+    """A reply, each token coloured by one of its numbers; all of them on hover."""
+    columns, out = reply["columns"], []
+    if view not in columns:
+        return "<i>without a critic there is none</i>"
+    full = max(VIEWS[view][2], *map(abs, columns[view]))
+    for i, (token, x) in enumerate(zip(reply["tokens"], columns[view])):
+        told = ", ".join(f"{name} {numbers[i]:.3f}" for name, numbers in columns.items())
+        rgb = "42,120,214" if x > 0 else "232,116,59"
+        out.append(f'<span class="token" title="{escape(told)}" style="background:rgba({rgb},'
+                   f'{0.75 * abs(x) / full:.2f})">{escape(token)}</span>')
+    return "".join(out)
+
+
+def rollouts(rows):
+    """What PPO logged every --eval_every, with a switch for what the colours mean (without scripts: each view
+    is there, and the checked button's style hides the others)."""
+    out = ["<h2>Rollouts, token by token</h2><p>Blue is above 0, orange below, the deeper the more. All "
+           "numbers of a token show on hover.</p>"]
+    for name, (word, means, _) in VIEWS.items():
+        out.append(f'<input type="radio" name="view" id="{name}"{" checked" * (name == "kl")}>'
+                   f'<label for="{name}" title="{means}">{word}</label>')
+    out.append("<style>" + "".join(f"#{name}:checked ~ div .{other} {{ display: none }} "
+                                   for name in VIEWS for other in VIEWS if other != name) + "</style>")
+    for name, (word, means, _) in VIEWS.items():
+        out.append(f'<div><p class="{name}">{word}: {means}</p></div>')
+    for k, row in enumerate(rows):
+        replies = "".join(
+            f'<div class="reply"><b>{escape(reply["question"])}</b> (score {reply["score"]:+.2f})<br>'
+            + "".join(f'<span class="{view}">{coloured(reply, view)}</span>' for view in VIEWS) + "</div>"
+            for reply in row["rollouts"])
+        opened = " open" * (k in (0, len(rows) - 1))
+        out.append(f"<div><details{opened}><summary>rollout {row['step']}</summary>{replies}</details></div>")
+    return "".join(out)
+
+
+def table(rows, head=()):
+    """-> HTML."""
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in row) + "</tr>"
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def page(folder, reload):
+    """-> a PPO run as HTML: one file, nothing from the network, no script."""
+    log = read(folder)
+    first = next((row for row in log if "rollouts" in row), {"flags": {}, "machine": ""})
+    flags, last = first["flags"], log[-1] if log[-1].get("final") else {}
+    logged = lambda folder: (path := Path(folder) / "log.jsonl").is_file() and path.stat().st_size
+    other = lambda flag: read(flags[flag]) if flag in flags and logged(flags[flag]) else []
+    said = [row for row in log if "rollouts" in row]
+    number = lambda x: f"{x:.4g}" if isinstance(x, float) else x
+    out = [f"<h1>{escape(str(folder))}</h1>"]
+    if not last:
+        out.append(f"<p>not finished: step {log[-1].get('step', 0)} of {flags.get('steps', '?')}</p>")
+    for row in log:
+        if "warning" in row:
+            out.append(f'<p class="warning">step {row["step"]}: {escape(row["warning"])}</p>')
+    out += ["<h2>What it learned</h2>", charts(log, other("init"), other("reward"))]
+    out.append(rollouts(said) if said else "")
+    for row in log:
+        if "samples" in row:
+            out += ["<h2>Before and after, on held-out prompts</h2>", table(
+                [(x["question"], f"{x['before']} ({x['score_before']:+.2f})",
+                  f"{x['after']} ({x['score_after']:+.2f})") for x in row["samples"]],
+                ("question", "stage 1 (its score)", "after PPO"))]
+    summary = [(k, number(v)) for k, v in last.items() if k not in ("final", "step") and v is not None]
+    for title, rows in (("summary", summary), ("flags", [(f"--{k}", v) for k, v in flags.items()])):
+        out.append(f"<details><summary>{title}</summary>{table(rows)}</details>" if rows else "")
+    out.append(f"<p>{escape(first['machine'])}</p>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content='
+            f'"width=device-width, initial-scale=1">{reload}<title>{escape(str(folder))}</title>'
+            f"<style>{STYLE}</style></head><body>{''.join(out)}</body></html>")
+
+
+def write_page(folder, watch):
+    """Write folder/run.html; with watch again and again, until the run has ended. The page reloads itself."""
+    path, ended = Path(folder) / "run.html", False
+    while not ended:
+        ended = not watch or bool(read(folder)[-1].get("final"))
+        html = page(folder, "" if ended else '<meta http-equiv="refresh" content="5">')
+        path.with_suffix(".tmp").write_text(html, encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+        print(f"{path}: written", flush=True)
+        time.sleep(0 if ended else 5)
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+def draw(picture, runs):
     kinds = {f.__name__: f for f in (learning, calibration, overoptimisation, memory)}
-    if Path(picture).stem not in kinds:
-        raise SystemExit(f"{picture}: the name has to be one of {', '.join(kinds)} and .png.")
+    kind = next((f for name, f in kinds.items() if Path(picture).name.startswith(name)), None)
+    if not kind:
+        raise SystemExit(f"{picture}: the name has to begin with one of {', '.join(kinds)}.")
     try:
         import matplotlib
     except ImportError:
@@ -124,7 +316,7 @@ def main(picture, runs):
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 13, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
                      "axes.titlecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
-    figure, axes = kinds[Path(picture).stem](plt, runs)
+    figure, axes = kind(plt, runs)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -134,6 +326,10 @@ def main(picture, runs):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or not all("=" in arg for arg in sys.argv[2:]):
+    arguments = [arg for arg in sys.argv[1:] if arg != "--watch"]
+    if len(arguments) == 1 and "=" not in arguments[0]:
+        write_page(arguments[0], watch="--watch" in sys.argv)
+    elif len(arguments) > 1 and all("=" in arg for arg in arguments[1:]):
+        draw(arguments[0], [arg.rsplit("=", 1) for arg in arguments[1:]])
+    else:
         raise SystemExit(__doc__)
-    main(sys.argv[1], [arg.rsplit("=", 1) for arg in sys.argv[2:]])
