@@ -58,7 +58,7 @@ class Config:
     max_new_tokens: int = 48    # of a reply
     block_size: int = 256       # tokens of prompt and reply together; longer prompts lose their beginning
     temperature: float = 0.7    # of the policy: divides the logits in rollout, reference and update alike
-    lr: float = 8e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
+    lr: float = 5e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each

@@ -2,7 +2,7 @@
 
     python test_all.py                  # all, in the order of this file; pytest test_all.py does the same
     python test_all.py bug_05 -k hub    # those with such a part in their names; -f: stop at the first failure
-    python test_all.py readme           # the README's commands with settings cut short, and its exercises
+    python test_all.py readme           # all commands of README and docs, cut short, and the exercises
     FUZZ=10000 python test_all.py fuzz  # damage files and flags in so many ways
 """
 import contextlib
@@ -2351,6 +2351,21 @@ def test_the_page_shows_the_runs_own_numbers(tmp_path):
     done = finished([sys.executable, ROOT / "docs/view.py", tmp_path / "nowhere"])
     assert done.returncode == 1 and "no log here" in done.stderr and "Traceback" not in done.stderr
 
+def test_a_blanked_function_turns_its_tests_red_until_it_is_given_back(tmp_path):
+    blank = [sys.executable, ROOT / "docs/blank.py"]
+    grade = lambda: finished([sys.executable, "test_all.py", "bug_05", "gae_on"], cwd=tmp_path / "out/exercise")
+    assert "no function of" in finished([*blank, "gaee"], cwd=tmp_path).stderr
+    assert finished([*blank, "whiten", "gae"], cwd=tmp_path).returncode == 0
+    mine = tmp_path / "out/exercise/ppo.py"
+    assert mine.read_text().count("yours to write") == 2 and "arXiv:1506.02438" in mine.read_text()
+    assert "0 passed, 2 failed" in grade().stdout
+    assert finished([*blank, "--solution", "gae"], cwd=tmp_path).returncode == 0
+    assert "1 passed, 1 failed" in grade().stdout
+    assert finished([*blank, "--solution", "whiten"], cwd=tmp_path).returncode == 0
+    assert mine.read_text() == (ROOT / "ppo.py").read_text()
+    mine.write_text("def broken(:\n")
+    assert "line 1: not Python yet" in finished([*blank, "gae"], cwd=tmp_path).stderr
+
 def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path):
     run_all(tmp_path)
     _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
@@ -2863,7 +2878,7 @@ def exercises(text):
 
 def readme():
     """In a copy of this folder: run all commands, cut short, then break what the exercises break."""
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
     with tempfile.TemporaryDirectory() as folder:
         copy, cache = Path(folder) / "copy", Path(folder) / "hub"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))

@@ -2,11 +2,12 @@
 
     python docs/view.py out/ppo             # the page; --watch writes it anew while the run goes on
     python docs/view.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
+    python docs/view.py styles.png ppo=out/ppo
     python docs/view.py calibration.png "reward model"=out/reward
     python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "best of n"=out/best-of
     python docs/view.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
 
-A picture's name begins with what it shows, one of the four; label=folder are the runs. Pictures need
+A picture's name begins with what it shows, one of the five; label=folder are the runs. Pictures need
 matplotlib, which nothing else here does.
 """
 import json
@@ -63,6 +64,20 @@ def learning(plt, runs):
     axes[2].set(xlabel="step", ylabel="gold score", title="stage 3: PPO", ylim=(0, 1))
     axes[2].legend(frameon=False, loc="center right")
     return figure, axes
+
+
+def styles(plt, runs):
+    """How the policy speaks, rollout by rollout: shares of its replies by the checks."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    rows = [row for row in read(runs[0][1]) if row.get("right") is not None and row.get("gold") is not None]
+    good, right = (smooth([row[name] for row in rows]) for name in ("gold", "right"))
+    manners = [max(0, r - g) for r, g in zip(right, good)]
+    wrong = [1 - max(r, g) for r, g in zip(right, good)]
+    axis.stackplot([row["step"] for row in rows], good, manners, wrong, colors=COLOURS[2::-1],
+                   labels=("right, polite, to the point", "right, but curt, rude or rambling", "wrong"))
+    axis.set(xlabel="PPO's rollouts", ylabel="share of replies", xlim=(1, rows[-1]["step"]), ylim=(0, 1))
+    axis.legend(loc="lower right", fontsize=11)
+    return figure, [axis]
 
 
 def calibration(plt, runs):
@@ -304,7 +319,7 @@ def write_page(folder, watch):
 # --- the command line ---------------------------------------------------------------------------------------
 
 def draw(picture, runs):
-    kinds = {f.__name__: f for f in (learning, calibration, overoptimisation, memory)}
+    kinds = {f.__name__: f for f in (learning, styles, calibration, overoptimisation, memory)}
     kind = next((f for name, f in kinds.items() if Path(picture).name.startswith(name)), None)
     if not kind:
         raise SystemExit(f"{picture}: the name has to begin with one of {', '.join(kinds)}.")
