@@ -523,7 +523,8 @@ def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
     none. Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in
     nats, carries no gradient, and is computed on request.
     """
-    chunk = chunk or max(1024, 2**22 // max(1, targets.numel()))  # 16 MiB of logits, for up to 4,096 targets
+    # 16 MiB of logits, for 512 to 4,096 targets; never more than 8,192 rows of weights, which may visit, too
+    chunk = chunk or max(1024, 2**22 // max(512, targets.numel()))
     args = hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), chunk, entropy
     return tuple(x.view(targets.shape) for x in _TokenLogprobs.apply(*args))
 
