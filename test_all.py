@@ -1954,6 +1954,10 @@ def test_groups_work_with_whatever_else_there_is(tmp_path):
     peaks = [run(ppo, tmp_path, dry_run=True, out=str(tmp_path / "dry"), **changes)[0]["peak_device_bytes"]
              for changes in ({}, {"group": 4}, {"group": 4, "reward": "check"})]
     assert peaks[1] < 0.75 * peaks[0] and peaks[2] < peaks[1], peaks
+    long = {"max_new_tokens": 48, "group": 4, "minibatch": 8, "out": str(tmp_path / "dry"), "dry_run": True}
+    with mock.patch.object(m, "branching", wraps=m.branching) as spy:  # sisters differ there, too
+        run(ppo, tmp_path, **long)
+    assert all(len({tuple(row) for row in rows}) == 4 for call in spy.call_args_list for rows in call.args[0])
     for changes, *fragments in (({"group": 1}, "--group=1"), ({"group": 3}, "whole groups"),
                                 ({"group": 4, "gamma": 0.9}, "--gamma"), ({"group_norm": True}, "--group=8")):
         refuses(lambda: ppo.main(small(ppo, tmp_path, **changes)), *fragments)
@@ -2861,7 +2865,7 @@ def test_imports_run_one_way_and_no_stage_imports_another():
 # What makes a command short; a later flag of the same name wins.
 SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
          "ppo.py": "--steps=2 --batch=16 --minibatch=8 --microbatch=2 --max_new_tokens=12 --best_of_n=2 "
-                   "--eval_prompts=8"}
+                   "--eval_prompts=8", "docs/bench.py best-of": "2"}
 SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
 
 def commands(text):

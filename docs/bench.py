@@ -359,7 +359,7 @@ def policies(sft, reward, *folders):
 def best_of(sft, reward, out, most=64):
     """The best of n replies of stage 1 by the reward model, n = 1, 2, 4 ... `most`: a log of right, gold,
     score and KL over n. KL from stage 1: log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3."""
-    models, sets, tokenizer, cfg = held_out(sft, reward)
+    (models, sets, tokenizer, cfg), most = held_out(sft, reward), int(most)
     rows = [row for row in sets["held out"] for _ in range(most)]
     replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
                                              tokenizer, cfg, 0)
