@@ -1,7 +1,7 @@
 """Stage 2, the reward model: learn from pairs which reply people prefer.
 
     python reward.py                                # bundled data, starts from out/sft
-    python reward.py --dpo                          # a policy straight from the pairs, in out/dpo
+    python reward.py --dpo --lr=1e-4 --steps=1000   # a policy straight from the pairs, in out/dpo
 
 Reads preferences.jsonl and prompts.jsonl of --data; writes the model, log.jsonl and state.pt to --out. Loss
 (Bradley & Terry 1952; Stiennon et al. 2020, arXiv:2009.01325): -log sigmoid(score(chosen) - score(rejected)).
@@ -47,7 +47,7 @@ class Config:
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm
     dpo: bool = False           # learn a policy instead of a reward model
-    beta: float = 0.1           # of DPO: how much score a nat of log(policy / stage 1) is
+    beta: float = 1.0           # of DPO: score that a nat of log(policy / stage 1) is; 0.1 for large models
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
     offload: str = "none"       # optimizer: 32-bit state on the host; all: the weights, too (and checkpoint)
     lora_rank: int = 0          # above 0: learn adapters of this rank and the head instead of the matrices
