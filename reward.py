@@ -22,8 +22,8 @@ from data import prepare
 from data.batches import batch_at, map_by_length
 from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
 from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, Scorer, evaluate_replies, exported, frozen_copy, generate_many, load_model, make_model,
-                   make_optimizer, policy_logprobs, setup_training)
+from model import (GPT, Scorer, evaluate_replies, exported, frozen_copy, generate_many, load_model,
+                   make_model, make_optimizer, policy_logprobs, setup_training)
 
 
 @dataclass(slots=True)

@@ -747,7 +747,8 @@ def test_all_stages_run_there_with_every_offload_and_agree_with_the_cpu(tmp_path
     for changes in ({"device": "cpu"}, {}, {"offload": "optimizer"}, {"offload": "all"},
                     {"offload": "all", "lora_rank": 2}):  # the last one is another model, and has to run
         run_all(tmp_path, **setting | changes)
-        rows = [row for name in ("sft", "reward", "ppo") for row in log(tmp_path / "out" / name) if "lr" in row]
+        rows = [row for name in ("sft", "reward", "ppo") for row in log(tmp_path / "out" / name)
+                if "lr" in row]
         losses.append(torch.tensor([row.get("loss", row.get("value_loss")) for row in rows]))
     for other in losses[1:4]:
         assert torch.allclose(losses[0], other, rtol=1e-3), losses
@@ -2357,7 +2358,8 @@ def test_the_page_shows_the_runs_own_numbers(tmp_path):
 
 def test_a_blanked_function_turns_its_tests_red_until_it_is_given_back(tmp_path):
     blank = [sys.executable, ROOT / "docs/blank.py"]
-    grade = lambda: finished([sys.executable, "test_all.py", "bug_05", "gae_on"], cwd=tmp_path / "out/exercise")
+    grade = lambda: finished([sys.executable, "test_all.py", "bug_05", "gae_on"],
+                             cwd=tmp_path / "out/exercise")
     assert "no function of" in finished([*blank, "gaee"], cwd=tmp_path).stderr
     assert finished([*blank, "whiten", "gae"], cwd=tmp_path).returncode == 0
     mine = tmp_path / "out/exercise/ppo.py"

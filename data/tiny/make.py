@@ -339,7 +339,8 @@ def list_skill():
             cases.append(case(listed([x, y, z]), wrong, kind=kind))
     return Skill("list", ["Name the three {kind} that you know.", "Which three {kind} do you know?",
                           "three {kind}, please", "Name all {kind} that you know.",
-                          "Tell me the three {kind} you know.", "Please write down the three {kind} you know."],
+                          "Tell me the three {kind} you know.",
+                          "Please write down the three {kind} you know."],
                  ["Three {kind} are {answer}", "I know {answer}", "Here you are: {answer}"],
                  cases, 1.7, plain=())
 
