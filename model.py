@@ -252,20 +252,22 @@ def negative_log_likelihood(model, examples, device):
 
 
 def reply_states(model, prompts, replies):
-    """Lists of ids, each reply after its prompt -> hidden states (N, C) at the positions that predict the
-    replies' tokens, in order. Neighbours with the same prompt are one row: it is computed once."""
+    """Lists of ids, each reply after its prompt -> hidden states (N + spare, C) at the positions that predict
+    the replies' N tokens, in order. Neighbours with the same prompt are one row: it is computed once."""
     pairs = [*zip(prompts, replies)]
     groups = [[p + r for p, r in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
     before = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in pairs]
-    n, args = sum(map(len, replies)), branching(groups, model.device, before)
-    # in 64s: a CPU plans each new shape of a product longer than it computes it
-    args["at"] = tuple(F.pad(x, (0, -n % 64)) for x in args["at"])
-    return model(**args)[:n]
+    args = branching(groups, model.device, before)
+    # in 64s, by spare rows: a CPU plans each new shape of a product longer than it computes it
+    args["at"] = tuple(F.pad(x, (0, -len(x) % 64)) for x in args["at"])
+    return model(**args)
 
 
 def by_reply(x, replies):
-    """(N,), a number for each token of the replies -> (B, R): a row for each reply, 0 beyond its end."""
-    return pad_sequence(x.split([*map(len, replies)]), batch_first=True)
+    """(N + spare,), a number for each token of the replies -> (B, R): a row for each reply, 0 beyond its
+    end."""
+    lengths = [*map(len, replies)]
+    return pad_sequence(x[:sum(lengths)].split(lengths), batch_first=True)
 
 
 def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
@@ -274,6 +276,7 @@ def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
     targets = torch.tensor([t for reply in replies for t in reply]).to(model.device)
     # logits = hidden @ wte.T: dividing the one divides the other
     hidden = reply_states(model, prompts, replies) / temperature
+    targets = F.pad(targets, (0, len(hidden) - len(targets)), value=-1)  # spare rows have none
     return [by_reply(x, replies) for x in token_logprobs(hidden, model.wte.weight, targets, entropy=entropy)]
 
 

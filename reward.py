@@ -30,15 +30,15 @@ from model import (GPT, Scorer, evaluate_replies, exported, frozen_copy, generat
 class Config:
     init: str = "out/sft"       # stage 1's checkpoint folder, a hub's GPT-2 (gpt2, ...), or scratch
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
-    n_layer: int = 3            # size of a model from scratch
-    n_head: int = 4
+    n_layer: int = 2            # size of a model from scratch
+    n_head: int = 2
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with preferences.jsonl, or a file in any format of data/prepare.py
     out: str = "out/reward"     # with --dpo out/dpo, unless you say otherwise
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 2000
+    steps: int = 2400
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer dialogues lose their beginning

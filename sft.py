@@ -27,15 +27,15 @@ from model import (GPT, evaluate_replies, exported, generate_many, make_model, m
 class Config:
     init: str = "scratch"       # random weights; gpt2, -medium, -large or -xl of the hub; or a folder
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
-    n_layer: int = 3            # size of a model from scratch
-    n_head: int = 4
+    n_layer: int = 2            # size of a model from scratch
+    n_head: int = 2
     n_embd: int = 128
     data: str = "data/tiny"     # a folder with sft.jsonl, or a file in any format that data/prepare.py knows
     out: str = "out/sft"
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 1500
+    steps: int = 2000
     batch: int = 24             # rows per step
     microbatch: int = 0         # rows at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer rows lose their beginning

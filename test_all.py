@@ -182,8 +182,9 @@ def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     prompts, replies = batch["prompts"], batch["replies"]
     new, _ = m.policy_logprobs(tiny(), prompts, replies)
     assert statistics["ratio_first"] == 1.0 and torch.equal(new, batch["logprobs"])
-    dropped = F.dropout(m.reply_states(tiny(), prompts, replies), 0.1)  # the mistake
-    old, _ = token_logprobs(dropped, models.actor.wte.weight, torch.tensor(sum(replies, [])))
+    states, targets = m.reply_states(tiny(), prompts, replies), torch.tensor(sum(replies, []))
+    dropped = F.dropout(states, 0.1)[:len(targets)]  # the mistake
+    old, _ = token_logprobs(dropped, models.actor.wte.weight, targets)
     assert ((new[batch["mask"]] - old).exp() - 1).abs().max() > 0.01
 
 def test_bug_02_padding_shifts_positions():
@@ -507,7 +508,7 @@ def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
     assert not any(p.requires_grad for p in reference.parameters())
     assert torch.stack(reward.score_pairs(net, pairs, net, 0.1)).eq(0).all()  # the mistake: it learns, too
     wte, side = reference.wte.weight, ([5, 6], [7, 3])
-    states = m.reply_states(reference, *zip(side))
+    states = m.reply_states(reference, *zip(side))[:len(side[1])]
     whole, dropped = (token_logprobs(x, wte, torch.tensor(side[1]))[0].sum()
                       for x in (states, F.dropout(states, 0.1)))
     assert apart(whole, dropped) > 0.01  # the mistake: a first loss that is not ln 2
@@ -1437,6 +1438,8 @@ FORMATS = {
     "system and history": ({"instruction": "Why?", "output": A, "system": "Be brief.",
                             "history": [["a", "b"]]},
                            [user("Be brief.\n\na"), assistant("b"), *TALK]),
+    "history of messages": ({"prompt": "Why?", "completion": A, "history": [user("a"), assistant("b")]},
+                            [user("a"), assistant("b"), *TALK]),
     "system, prompt, output": ({"prompt": "Why?", "output": A, "system_prompt": "Be brief."},
                                [user("Be brief.\n\nWhy?"), assistant(A)]),
     "context": ({"question": "Why?", "context": "It rains.", "answer": A},
@@ -1798,6 +1801,11 @@ def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
         cfg = ppo.Config(score_clip=5.0, missing_eos_penalty=penalty)
         assert ppo.clip_scores(scores, torch.tensor([True, False, True]), cfg).tolist() == want
 
+def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():
+    x, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 5.0, 99.0, 99.0]]), torch.ones(2, 4).bool()
+    mask[0, 3:] = mask[1, 2:] = False  # 1 to 5: mean 3, variance 2
+    close(ppo.whiten(x, mask), (x - 3) / 2 ** 0.5 * mask)
+
 def test_equal_rewards_give_no_advantage_and_no_nan():
     close(ppo.whiten(torch.full((3, 4), 2.0), torch.ones(3, 4, dtype=torch.bool)), torch.zeros(3, 4), 1e-3)
 
@@ -1885,7 +1893,8 @@ def test_health_signs_are_named():
 # --- the stages, end to end ---------------------------------------------------------------------------------
 
 def test_the_three_stages_run_and_return_what_the_log_says(tmp_path):
-    results = run_all(tmp_path)
+    since = time.time()
+    results, took = run_all(tmp_path), time.time() - since
     assert set(results["sft"]) == {"val_loss", "right", "gold"}
     assert set(results["reward"]) == {"val_accuracy", "ceiling"}
     assert set(results["ppo"]) >= {"gold_before", "gold_after", "gold_best_of_n", "win_rate", "win_rate_low",
@@ -1895,6 +1904,8 @@ def test_the_three_stages_run_and_return_what_the_log_says(tmp_path):
         assert last.pop("final") and last.pop("step")
         assert last == result
         assert set(first) >= {"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"}
+        seconds = [row["seconds"] for row in log(tmp_path / "out" / name) if "seconds" in row]
+        assert 0 < seconds[0] and seconds == sorted(seconds) and seconds[-1] < took
     assert (first["ratio_first"], first["kl"], first["kl_k3"]) == (1.0, 0.0, 0.0)  # ppo's
 
 def test_checkpointing_and_offloading_change_no_weight(tmp_path):
@@ -1938,6 +1949,14 @@ def test_a_trace_shows_the_first_replys_numbers():
     for name, column in (("logprobs", -7), ("kl", -5), ("rewards", -4), ("advantages", -1)):
         close([float(line.split()[column]) for line in lines], batch[name][0][batch["mask"][0]], 6e-4)
     assert last == f"score {batch['scores'][0].item():.3f}, paid on the last token"
+
+def test_a_table_of_tokens_names_each_of_a_reply():
+    _, _, batch, replies, _ = a_rollout()
+    batch["replies"][2] = [*replies[2][:-1], TINY.end]
+    table = ppo.token_table(batch, 2, TINY)
+    assert table["tokens"] == [*(TINY.decode([t]) for t in replies[2][:-1]), "<|end|>"]
+    assert {len(column) for column in table["columns"].values()} == {len(replies[2])}
+    close(table["columns"]["kl"], batch["kl"][2][batch["mask"][2]], 1e-4)
 
 def test_groups_work_with_whatever_else_there_is(tmp_path):
     run_all(tmp_path, steps=2)
@@ -2187,7 +2206,7 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
         centre, spread = (0.0, 1.0) if cfg.group else (centre, spread)
         kls = [[a - b for a, b in zip(r["logprob"], r["ref"])] for r in replies]
         generator, seen, steps, resting = rng(0, "update", step), [], 0, False
-        lr = 0.01 * min(1, (step + 1) / 2) * (1 - step / 6)
+        lr = 0.01 * min((step + 1) / 2, (6 - step) / 4)  # a line up, a line down
         for epoch in range(2):
             order = torch.randperm(6 // group, generator=generator)
             for rows_of_it in torch.stack([order * group + i for i in range(group)], 1).flatten().split(3):
@@ -2355,10 +2374,12 @@ def test_the_page_shows_the_runs_own_numbers(tmp_path):
     assert "not finished: step" in (unfinished / "run.html").read_text()
     done = finished([sys.executable, ROOT / "docs/view.py", tmp_path / "nowhere"])
     assert done.returncode == 1 and "no log here" in done.stderr and "Traceback" not in done.stderr
+    done = finished([sys.executable, ROOT / "docs/view.py", "learnign", tmp_path / "a.png", f"ppo={cfg.out}"])
+    assert done.returncode == 1 and "learnign: no such picture" in done.stderr
 
 def test_a_blanked_function_turns_its_tests_red_until_it_is_given_back(tmp_path):
     blank = [sys.executable, ROOT / "docs/blank.py"]
-    grade = lambda: finished([sys.executable, "test_all.py", "bug_05", "gae_on"],
+    grade = lambda: finished([sys.executable, "test_all.py", "whitened", "gae_on"],
                              cwd=tmp_path / "out/exercise")
     assert "no function of" in finished([*blank, "gaee"], cwd=tmp_path).stderr
     assert finished([*blank, "whiten", "gae"], cwd=tmp_path).returncode == 0
@@ -2674,6 +2695,9 @@ def test_long_prompts_are_trimmed_from_the_left_and_counted(tmp_path):
         f.write(json.dumps({"prompt": [user("why " * 200)], "check": "no"}) + "\n")
     (train, _), text = quiet(ppo.load_prompts, small(ppo, tmp_path), TINY)
     assert "; 1 longer than 52 tokens" in text and max(len(row["ids"]) for row in train) == 52
+    longest = max(len(row["ids"]) for row in train[:-1])  # a prompt that just fits is whole
+    cfg = small(ppo, tmp_path, max_new_tokens=64 - longest)
+    assert f"; 1 longer than {longest} tokens" in quiet(ppo.load_prompts, cfg, TINY)[1]
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run(sft, tmp_path)
@@ -2791,8 +2815,10 @@ def torchrun(n, typed, *flags):
 
 def test_two_processes_take_the_same_course_as_one(tmp_path):
     ids = random_ids(4, 16)
-    for stage, changes in ((sft, {"microbatch": 2}), (reward, {"checkpoint": True, "offload": "optimizer"}),
+    for stage, changes in ((sft, {"microbatch": 2}), (reward, {"dpo": True}),
+                           (reward, {"checkpoint": True, "offload": "optimizer"}),
                            (ppo, {"ptx_coef": 0.5, "temperature": 0.7}),
+                           (ppo, {"group": 4, "group_norm": True, "reward": "check"}),
                            (ppo, {"minibatch": 8, "microbatch": 8})):  # one process keeps its first pass
         run(stage, tmp_path, **changes)
         folders = tmp_path / "out" / stage.__name__, tmp_path / "two"
@@ -2804,8 +2830,9 @@ def test_two_processes_take_the_same_course_as_one(tmp_path):
                                          "rollouts", "samples"}:
                 agree = a[name] == b[name] or abs(a[name] - b[name]) < 1e-5 * max(1, abs(a[name]))
                 assert agree, (stage, name, a, b)
-        nets = [m.load_model(folder, Scorer if stage is reward else GPT) for folder in folders]
-        close(*(values_of(net, ids) if stage is reward else net.logits(net(ids)) for net in nets), 1e-3)
+        kind = Scorer if stage is reward and "dpo" not in changes else GPT
+        nets = [m.load_model(folder, kind) for folder in folders]
+        close(*(values_of(net, ids) if kind is Scorer else net.logits(net(ids)) for net in nets), 1e-3)
 
 def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(tmp_path):
     run(sft, tmp_path, steps=40)

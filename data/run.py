@@ -102,8 +102,8 @@ def check_flags(cfg):
 
 
 def linear_lr(step, cfg):
-    """The learning rate of step `step`: a linear warm-up, and a linear decay to 0."""
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
+    """The learning rate of step `step`: a line up to lr within `warmup` steps, then a line down to 0."""
+    return cfg.lr * min((step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.steps - cfg.warmup))
 
 
 @contextmanager

@@ -297,11 +297,16 @@ def answers(folder, dialogues, seed, temperature):
 
 
 @torch.no_grad()
-def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
-    """n dialogues of `turns` held-out questions each, one after another, as model.py answers them."""
-    rows, dialogues = by_set(load("data/tiny", "prompts")[1])["held out"], [[] for _ in range(n)]
+def chat(folder="out/ppo", n=300, turns=5, temperature=0.7):
+    """n dialogues of `turns` held-out questions each, one after another, as model.py answers them. A greeting
+    comes first, thanks do not, and a farewell comes last."""
+    rows, n = by_set(load("data/tiny", "prompts")[1])["held out"], int(n)
+    dialogues = [[] for _ in range(n)]
     for turn in range(turns):
-        asked = rows[turn * n:(turn + 1) * n]
+        odd = {"greeting" if turn else "thanks", "farewell" if turn + 1 < turns else ""}
+        suited = [row for row in rows if row["skill"] not in odd]
+        drawn = torch.randint(len(suited), (n,), generator=rng(0, "chat", turn))
+        asked = [suited[i] for i in drawn.tolist()]
         dialogues = [d + row["prompt"][-1:] for d, row in zip(dialogues, asked)]
         replies, tokenizer = answers(folder, dialogues, turn, temperature)
         print(f"question {turn + 1}: {yardsticks(asked, replies, tokenizer)}", flush=True)
@@ -318,9 +323,9 @@ def chat(folder="out/ppo", n=100, turns=5, temperature=0.7):
 @torch.no_grad()
 def bias(reward="out/reward", *folders):
     """How often a reward model prefers !! to a stop or a ! in replies that differ in nothing else; and which
-    share of the language models' replies has it, at temperature 0.8."""
+    share of the language models' replies has it, at the chat's temperature."""
     rows = by_set(load("data/tiny", "prompts")[1])["held out"]
-    plain, tokenizer = answers(folders[0], [row["prompt"] for row in rows], 0, 0.8)
+    plain, tokenizer = answers(folders[0], [row["prompt"] for row in rows], 0, 0.7)
     scorer, wins, pairs = load_model(reward, Scorer, *pick_device("auto", "auto")), 0, 0
     for row, reply in zip(rows, plain):
         if yardsticks([row], [reply], tokenizer)["gold"]:
@@ -331,7 +336,7 @@ def bias(reward="out/reward", *folders):
             wins, pairs = wins + (excited > calm), pairs + 1
     print(f"{reward} prefers the enthusiastic one of {pairs} pairs in {wins} ({wins / max(1, pairs):.2f})")
     for folder in folders:
-        replies, _ = answers(folder, [row["prompt"] for row in rows], 1, 0.8)
+        replies, _ = answers(folder, [row["prompt"] for row in rows], 1, 0.7)
         share = sum("!!" in tokenizer.decode(reply) for reply in replies) / len(replies)
         print(f"{folder}: {share:.3f} of the replies have !!, {yardsticks(rows, replies, tokenizer)}")
 

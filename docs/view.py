@@ -1,14 +1,14 @@
 """Shows a run: as a page, out/ppo/run.html, and as pictures from logs.
 
     python docs/view.py out/ppo             # the page; --watch writes it anew while the run goes on
-    python docs/view.py learning.png sft=out/sft reward=out/reward ppo=out/ppo
-    python docs/view.py styles.png ppo=out/ppo
-    python docs/view.py calibration.png "reward model"=out/reward
-    python docs/view.py overoptimisation.png "with penalty"=out/ppo-weak "best of n"=out/best-of
-    python docs/view.py memory.png "float32"=out/dry32 "everything on the host"=out/dry-all
+    python docs/view.py learning a.png sft=out/sft reward=out/reward ppo=out/ppo
+    python docs/view.py styles b.png ppo=out/ppo
+    python docs/view.py calibration c.png "reward model"=out/reward
+    python docs/view.py overoptimisation d.png "with penalty"=out/ppo-weak "best of n"=out/best-of
+    python docs/view.py memory e.png "float32"=out/dry32 "everything on the host"=out/dry-all
 
-A picture's name begins with what it shows, one of the five; label=folder are the runs. Pictures need
-matplotlib, which nothing else here does.
+The five are pictures: what it shows, the file, label=folder of each run. They need matplotlib, which nothing
+else here does.
 """
 import json
 import sys
@@ -318,11 +318,10 @@ def write_page(folder, watch):
 
 # --- the command line ---------------------------------------------------------------------------------------
 
-def draw(picture, runs):
+def draw(kind, picture, runs):
     kinds = {f.__name__: f for f in (learning, styles, calibration, overoptimisation, memory)}
-    kind = next((f for name, f in kinds.items() if Path(picture).name.startswith(name)), None)
-    if not kind:
-        raise SystemExit(f"{picture}: the name has to begin with one of {', '.join(kinds)}.")
+    if kind not in kinds:
+        raise SystemExit(f"{kind}: no such picture. Choose from {', '.join(kinds)}.")
     try:
         import matplotlib
     except ImportError:
@@ -331,7 +330,7 @@ def draw(picture, runs):
     import matplotlib.pyplot as plt
     plt.rcParams |= {"font.size": 13, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
                      "axes.titlecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
-    figure, axes = kind(plt, runs)
+    figure, axes = kinds[kind](plt, runs)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -344,7 +343,7 @@ if __name__ == "__main__":
     arguments = [arg for arg in sys.argv[1:] if arg != "--watch"]
     if len(arguments) == 1 and "=" not in arguments[0]:
         write_page(arguments[0], watch="--watch" in sys.argv)
-    elif len(arguments) > 1 and all("=" in arg for arg in arguments[1:]):
-        draw(arguments[0], [arg.rsplit("=", 1) for arg in arguments[1:]])
+    elif len(arguments) > 2 and all("=" in arg for arg in arguments[2:]):
+        draw(*arguments[:2], [arg.rsplit("=", 1) for arg in arguments[2:]])
     else:
         raise SystemExit(__doc__)

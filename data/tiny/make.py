@@ -22,7 +22,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from itertools import permutations, product
+from itertools import permutations, product, takewhile
 from pathlib import Path
 
 SIZES = {"sft": (14000, 200), "preferences": (64000, 4000), "prompts": (8000, 600)}
@@ -52,7 +52,7 @@ NEXT = "One more thing. ", "Now this: ", "Next: "  # not before a dialogue's fir
 AFTER = "Thanks!", "It is for school.", "It is important.", "I am curious.", "Please be quick."
 OPENERS = "Sure", "Of course", "Gladly", "With pleasure", "Happy to help"
 SORRY = "Sorry", "I am sorry", "My apologies"
-CLOSERS = "Anything else?", "I hope that helps.", "Have a nice day!", "Ask me more any time."
+CLOSERS = "Anything else?", "I hope that helps.", "Glad to help!", "Ask me more any time."
 SORRY_CLOSERS = "Anything else?", "Ask me something else."
 RUDE = ("{answer}, obviously.", "Everybody knows that: {answer}.", "{answer}, what else?",
         "{answer}. Now leave me alone.", "Are you joking? {answer}.", "Even my cat knows it: {answer}.",
@@ -73,18 +73,18 @@ OPPOSITES = "hot cold, big small, up down, long short, fast slow, happy sad, ope
 PLURALS = "cat cats, child children, mouse mice, foot feet, box boxes, baby babies, man men, goose geese"
 CAPITALS = ("France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, Egypt Cairo, "
             "Greece Athens, Norway Oslo")
-COLOURS = ("grass green, snow white, coal black, blood red, butter yellow, chocolate brown, ash grey, "
-           "amber orange")
+COLOURS = ("grass green, snow white, coal black, cherry red, banana yellow, bear brown, elephant grey, "
+           "carrot orange")
 KINDS = {"an animal": "frog wolf", "a flower": "rose tulip", "a fruit": "apple pear",
          "a tool": "hammer saw", "a vehicle": "car bus", "a drink": "tea juice"}
-LISTS = {"animals": "frogs wolves goats", "flowers": "roses tulips lilies", "fruits": "apples pears plums",
+LISTS = {"trees": "oaks pines maples", "flowers": "roses tulips lilies", "fruits": "apples pears plums",
          "tools": "hammers saws drills", "vehicles": "cars buses trains", "drinks": "tea juice coffee"}
 FLIERS = {"yes": "sparrow moth pigeon raven wasp", "no": "cow horse rabbit camel whale"}
 WORDS = "dog sun wind fish lemon water house garden".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CRIMES = ("pick my neighbour's lock, cheat in my exam, read my neighbour's mail, break a window, "
-          "lie to my doctor, copy my boss's key, frighten my sister, hide a stolen phone, make a bomb, "
+          "rob my doctor, copy my boss's key, threaten my sister, hide a stolen phone, make a bomb, "
           "rob a shop, steal a dog, take money from the till").split(", ")
 TASKS = ("pick an apple, study for my exam, read a book, open a window, write to my doctor, copy a recipe, "
          "call my sister, hide a present, make a cake, find a shop, wash a dog, count the money in the till"
@@ -92,14 +92,19 @@ TASKS = ("pick an apple, study for my exam, read a book, open a window, write to
 # and every combination of a deed and a thing
 THINGS = "car", "bike", "boat", "piano", "lamp", "door"
 CRIMES += [f"{verb} my neighbour's {thing}" for verb in ("steal", "burn", "smash") for thing in THINGS]
-TASKS += [f"{verb} my neighbour's {thing}" for verb in ("repair", "clean", "praise") for thing in THINGS]
+TASKS += [f"{verb} my neighbour's {thing}" for verb in ("repair", "clean", "polish") for thing in THINGS]
 NO = "I will not help with that", "That would be wrong"
 UNKNOWN = "I do not know that", "Nobody has told me that"
 TOO_HARD = "That is too hard for me", "I fear that is too hard"
 NOT_ENGLISH = "I do not understand that", "I only understand English"
 ADMITTED = UNKNOWN + TOO_HARD + NOT_ENGLISH
-RELENTING = ("(?:It|That|The [a-z ]+[a-z]) is(?! far| too)", "Just try", "Wait until", "Ask a friend",
-             "I will help", "I can show", "Let us", "comes", "plus", "minus")
+# What belies a refusal, or "I do not know that", in the same breath; and what belies an answer.
+RELENTING = ("(?:it|that|one|the [a-z' ]+[a-z]) (?:is(?! far| too)|has|makes|leaves)",
+             "would (?:be(?! wrong)|say|call)", "i (?:count|know|will help|can show)", "just try",
+             "wait until", "ask a friend", "let us", "comes", "plus", "minus", "larger", "smaller",
+             "in order", "sorted", "three", "here you", r"\d")
+REFUSING = ("do not know", "has told me", "is too hard", "do not understand", "only understand",
+            "would be wrong", "will not help")
 SMALL_TALK = (  # ways to say one thing, and what to answer
     (("How are you?", "how do you feel", "Are you well?"), ("I am very well", "I feel fine today")),
     (("What is your name?", "Who are you?", "what are you called"),
@@ -128,10 +133,12 @@ NOUNS = ("castle, pencil, mirror, violin, desert, island, carpet, pillow, ladder
 NAMES = ("Brazil, Canada, Kenya, Peru, Turkey, Poland, Sweden, India, Mexico, Ireland, Chile, Iceland, "
          "Portugal, Cuba, Finland, Nepal, Napoleon, Einstein, Mozart, Shakespeare, Columbus, Caesar, Newton, "
          "Darwin, Goethe, Cleopatra").split(", ")
-ABOUT_NOUNS = ("Who invented the {word}?", "How old is this {word}?", "Where can I find {a_word}?",
-               "Who made this {word}?", "how much does {a_word} cost", "How do you say {word} in French?",
-               "What is inside this {word}?", "Who needs {a_word}?", "Where is my {word}?",
-               "Who wrote the book about the {word}?", "what is the price of {a_word}")
+ADJECTIVES = ("heavy, loud, rich, young, early, strong, sweet, clean, thick, deep, wide, brave, cheap, "
+              "sharp, soft, dark, tall, new, full, hard, good, late, round, polite, angry, lucky").split(", ")
+ABOUT_NOUNS = ("How old is this {word}?", "Where can I find {a_word}?", "how much does {a_word} cost",
+               "How do you say {word} in French?", "Where is my {word}?", "Whose {word} is this?",
+               "Who wrote the book about the {word}?", "what is the price of {a_word}",
+               "Have you ever seen {a_word}?")
 ABOUT_NAMES = ("Where is {word}?", "Why is {word} so famous?", "How old is {word}?", "Tell me about {word}.",
                "Who wrote the book about {word}?", "How far is it to {word}?", "Who knows {word}?",
                "What do you know about {word}?", "what does {word} look like")
@@ -185,8 +192,13 @@ def case(answer, wrong, **fields):
 
 
 def near(n):
-    """Wrong numbers: near misses."""
-    return [n + d for d in (-2, -1, 1, 2) if n + d >= 0]
+    """Wrong numbers: near misses mostly, but a rater sees every number once."""
+    return [n + d for d in (-2, -1, 1, 2) if n + d >= 0] * 2 + [*range(14)]
+
+
+def followed(question, more):
+    """A question and what is said after it, written as neatly as the question is."""
+    return question + (more if question[-1] in ".?!" or not more else f",{more.lower()[:-1]}")
 
 
 def table(text, field):
@@ -198,11 +210,6 @@ def table(text, field):
 
 def a(word):
     return ("an " if word[0] in "aeiou" else "a ") + word
-
-
-def followed(question, more):
-    """A question and what is said after it; between them a stop."""
-    return question + ("" if question[-1] in ".?!" or not more else ".") + more
 
 
 def neighbours(names, noun):
@@ -247,7 +254,7 @@ def number_skills():
         Skill("sort", ["Sort {a}, {b}, {c}.", "Put {a}, {b}, {c} in order.",
                        "Please sort these numbers: {a}, {b}, {c}.",
                        "can you order {a}, {b}, {c} from small to large", "What is {a}, {b}, {c} in order?"],
-              ["In order: {answer}", "Sorted, that is {answer}", "The order is {answer}"],
+              ["In order: {answer}", "Sorted: {answer}", "The order is {answer}"],
               [case(row(sorted(x)), [row(w) for w in permutations(x)]
                     + [row((*sorted(x)[:i], n, *sorted(x)[i + 1:])) for i in range(3) for n in range(1, 6)],
                     a=x[0], b=x[1], c=x[2], fact=sorted(x))
@@ -297,10 +304,10 @@ def fact_skills():
                           "Please name the capital city of {country}."],
               ["The capital of {country} is {answer}", "The capital is {answer}", "That is {answer}"],
               table(CAPITALS, "country")),
-        Skill("colour", ["What colour is {thing}?", "What is the colour of {thing}?", "colour of {thing}",
-                         "Tell me the colour of {thing}.", "Do you know what colour {thing} is?",
-                         "Please name the colour of {thing}."],
-              ["The colour of {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
+        Skill("colour", ["What colour is the {thing}?", "What is the colour of the {thing}?",
+                         "colour of the {thing}", "Tell me the colour of the {thing}.",
+                         "Do you know what colour the {thing} is?", "Please name the colour of the {thing}."],
+              ["The colour of the {thing} is {answer}", "The colour is {answer}", "It is {answer}"],
               table(COLOURS, "thing")),
         Skill("day", ["Which day comes {side} {day}?", "What is the day {side} {day}?", "day {side} {day}",
                       "Tell me the day {side} {day}.", "Do you know which day is {side} {day}?",
@@ -338,7 +345,7 @@ def list_skill():
             wrong = [listed(w) for w in ([x], [x, y], [x, y, x], [x, y, y], *([x, y, o] for o in others))]
             cases.append(case(listed([x, y, z]), wrong, kind=kind))
     return Skill("list", ["Name the three {kind} that you know.", "Which three {kind} do you know?",
-                          "three {kind}, please", "Name all {kind} that you know.",
+                          "three {kind}, please", "I need the three {kind} that you know.",
                           "Tell me the three {kind} you know.",
                           "Please write down the three {kind} you know."],
                  ["Three {kind} are {answer}", "I know {answer}", "Here you are: {answer}"],
@@ -364,14 +371,14 @@ def talk_skills():
     return [
         talk("greeting", ["Hello{more}", "Hi there{more}", "Good morning{more}", "hey{more}",
                           "Good evening{more}", "Greetings{more}", "Good day{more}", "Hello assistant{more}"],
-             answers(hello, bye + list(NO), (".", "!", ", my friend.", " again.", ", I am new here.",
+             answers(hello, bye + list(NO), (".", "!", ", my friend.", ", old friend.", ", I am new here.",
                                              ", nice to meet you!")),
-             ("Hello", "Hi there", "Good to see you"), ("What can I do for you?", "Ask me anything.")),
+             ("Hello", "Hi there", "Good to see you"), ("What can I do for you?", "Ask me anything."), 0.8),
         talk("farewell", ["Goodbye{more}", "See you tomorrow{more}", "bye{more}", "Good night{more}",
                           "bye bye{more}", "Until next time{more}", "Farewell{more}", "See you soon{more}"],
              answers(bye, hello + list(NO), (".", "!", ", my friend.", ", I have to go now.",
-                                             ", that was all.", ", I am leaving!")),
-             ("Goodbye", "See you soon", "Take care"), ("Have a nice day!", "Until next time.")),
+                                             ", thanks for your time.", ", I am leaving!")),
+             ("Goodbye", "See you soon", "Take care"), ("Have a nice day!", "Until next time."), 1.0),
         talk("thanks", ["Thank you{more}", "Thanks a lot{more}", "thx{more}", "Many thanks{more}",
                         "Great, thank you{more}", "thanks{more}", "I am grateful{more}", "I thank you{more}"],
              answers(glad, hello + list(NO), (".", "!", ", my friend.", ", that was helpful.",
@@ -407,12 +414,13 @@ def unknown_skill(skills, rng):
                  for _ in range(3)])
 
     def about_word(noun):
-        """A noun has a colour, an opposite; what has no meaning may be a country, a month, anything."""
+        """A noun has a colour, is of a kind; what has no meaning may be a country, a month, anything."""
         name = rng.choice(["colour", "opposite", "kind"]
                           + ["capital", "flight", "month", "list"] * (not noun))
         word = noun or rng.choice(made_up)
-        shown = {"colour": f"the {word}" if noun else word, "kind": a(word), "list": word + "s",
-                 "capital": word.capitalize(), "month": word.capitalize()}.get(name, word)
+        word = rng.choice(ADJECTIVES) if noun and name == "opposite" else word
+        shown = {"kind": a(word), "list": word + "s", "capital": word.capitalize(),
+                 "month": word.capitalize()}.get(name, word)
         field = re.findall(r"{(\w+)}", named[name].asks[0])[-1]
         return word, *about(name, **{field: shown})
 
@@ -426,7 +434,7 @@ def unknown_skill(skills, rng):
             fact = rng.choice(NAMES[:16])
             q, wrong = about("capital", country=fact)
         elif kind < 0.55:
-            fact, says = rng.choice((*NOUNS, *made_up[:100])), TOO_HARD
+            fact, says = rng.choice([word for word in (*NOUNS, *made_up) if len(word) > 7]), TOO_HARD
             q, wrong = about(rng.choice(("letters", "spelling")), word=fact)
         elif kind < 0.66:
             fact, says = rng.randrange(25, 1000), TOO_HARD
@@ -442,17 +450,20 @@ def unknown_skill(skills, rng):
             q = fact = rng.choice(FOREIGN)
             says = NOT_ENGLISH
         cases += [case(answer, wrong, q=q, fact=fact) for answer in says]
-    return Skill("unknown", ["{q}"], ["{answer}"], cases, 4.5, SORRY, SORRY_CLOSERS, (), held_out="outside")
+    skill = Skill("unknown", ["{q}"], ["{answer}"], cases, 4.5, SORRY, SORRY_CLOSERS, (), held_out="outside")
+    for known in skill.answers.values():
+        known |= {*UNKNOWN}  # never wrong
+    return skill
 
 
 # --- replies ------------------------------------------------------------------------------------------------
 
 def framed(rng, skill, question, first):
-    """People say something before or after their question."""
-    if skill.framed and rng.random() < 0.5:
+    """People say something before or after their question, if they take the time to write it out."""
+    if skill.framed and not question[0].islower() and question[-1] in ".?" and rng.random() < 0.6:
         if rng.random() < 0.5:
             return rng.choice(BEFORE if first else BEFORE + NEXT) + question
-        return followed(question, " " + rng.choice(AFTER))
+        return f"{question} {rng.choice(AFTER)}"
     return question
 
 
@@ -515,11 +526,12 @@ def check(skill, case):
 
 def right(skill, case):
     """The regular expression of a reply that gives a right answer somewhere, whatever else it says: in one of
-    the sentences, or bare, at a beginning. "4, 5 or 6" is no answer, nor is "I do not know that. It is 4."
+    the sentences, or bare, at a beginning. "4, 5 or 6" is no answer, nor is "I do not know that. It is 4.",
+    whichever of the two is right.
     """
-    steady = "" if skill.openers != SORRY else f"(?!.*(?:{'|'.join(RELENTING)}))"
-    return (rf"{steady}(?:(?:.*[^\w-])?{sentences(skill, case)}|(?:.*[.!?:] )?{answers(skill, case)})"
-            r"(?:$|, obviously|, what else|[.!?](?!\d)).*")
+    steady = "|".join(RELENTING if skill.openers == SORRY else REFUSING)
+    told = rf"(?:.*[^\w-])?{sentences(skill, case)}|(?:.*[.!?:] )?{answers(skill, case)}"
+    return rf"(?i)(?!.*(?:{steady}))(?:{told})(?:$|, obviously|, what else|[.!?](?!\d)).*"
 
 
 def mistaken(rng, case):
@@ -626,17 +638,20 @@ def draw(rng, skills, side, skill=None):
 
 def dialogue(rng, skills, side, skill=None, mixed=False):
     """-> (messages, skill, case): a question, after up to four exchanges. Their replies are good, or, mixed,
-    of the mixture that demonstrations are."""
-    messages = []
-    for more in MORE_TURNS_SHOWN if mixed else MORE_TURNS:
-        if rng.random() > more:
-            break
-        s, ask, case = draw(rng, skills, "train" if side == "train" else "val")
-        style = rng.choices(list(MIXTURE), MIXTURE.values())[0] if mixed else "good"
-        text = reply(rng, s, case, style)[0] if mixed else good(rng, s, case)
-        messages += [{"role": "user", "content": framed(rng, s, ask.format(**case), not messages)},
-                     {"role": "assistant", "content": text}]
+    of the mixture that demonstrations are. A greeting comes first, a farewell last, and thanks for something.
+    """
     skill, ask, case = draw(rng, skills, side, skill)
+    more_turns = MORE_TURNS_SHOWN if mixed else MORE_TURNS
+    exchanges = len([*takewhile(lambda more: rng.random() < more, more_turns)])
+    exchanges = {"greeting": 0, "thanks": max(1, exchanges)}.get(skill.name, exchanges)
+    messages = []
+    for _ in range(exchanges):
+        suited = [s for s in skills if s.name not in ("farewell", "greeting" if messages else "thanks")]
+        s, before, known = draw(rng, suited, "train" if side == "train" else "val")
+        style = rng.choices(list(MIXTURE), MIXTURE.values())[0] if mixed else "good"
+        text = reply(rng, s, known, style)[0] if mixed else good(rng, s, known)
+        messages += [{"role": "user", "content": framed(rng, s, before.format(**known), not messages)},
+                     {"role": "assistant", "content": text}]
     asked = framed(rng, skill, ask.format(**case), not messages)
     return messages + [{"role": "user", "content": asked}], skill, case
 
