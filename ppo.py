@@ -319,7 +319,7 @@ def trace(batch, tokenizer):
     print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in reply["columns"]))
     for token, *numbers in zip(reply["tokens"], *reply["columns"].values()):
         text = token if token == "<|end|>" else repr(token)
-        print(f"{text:>14} " + " ".join(f"{x:9.3f}" for x in numbers))
+        print(f"{text:>14} " + " ".join(f"{round(x, 3) + 0.0:9.3f}" for x in numbers))  # no -0.000
     print(f"score {reply['score']:.3f}, paid on the last token")
 
 

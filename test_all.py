@@ -31,7 +31,7 @@ import tracemalloc
 import unittest
 import weakref
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -126,7 +126,7 @@ def small(stage, root, **changes):
     """A stage's Config that runs in about a second, on the miniature data."""
     defaults = dict(data=changes.get("data") or write_data(root / "data"), device="cpu", dtype="float32",
                     out=str(root / "out" / stage.__name__), block_size=64, steps=6, batch=8, n_layer=2,
-                    n_embd=32, save_every=2, eval_every=3, log_every=1)
+                    n_head=4, n_embd=32, save_every=2, eval_every=3, log_every=1)
     if stage is not sft:
         defaults["init"] = str(root / "out/sft")
     if stage is ppo:
@@ -1295,7 +1295,10 @@ def test_matrices_prepacked_for_decoding_give_the_same_logits():
         net, idx = tiny().to(dtype), random_ids(2, 5)
         plain = net.logits(net(idx))
         with m.prepacked(net, 2):
-            assert (net.prepacked is not None) == torch.backends.mkldnn.is_available()
+            able = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+            if dtype == torch.bfloat16:  # needs a processor that has it
+                able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            assert (net.prepacked is not None) == able
             close(net.logits(net(idx)), plain, tolerance)
         assert torch.equal(net.logits(net(idx)), plain)
 
@@ -1636,7 +1639,7 @@ def test_the_bundled_set_is_what_its_generator_makes(tmp_path):
         assert path.read_bytes() == (ROOT / "data/tiny" / path.name).read_bytes(), path.name
 
 def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
-    load = partial(prepare.load, ROOT / "data/tiny")
+    load = cache(partial(prepare.load, ROOT / "data/tiny"))
     dialogues = lambda kind, rows: [row["messages"] if kind == "sft" else row["prompt"] for row in rows]
     asked = [{turn["content"] for kind in prepare.KINDS for turns in dialogues(kind, load(kind)[side])
               for turn in turns if turn["role"] == "user"} for side in (0, 1)]
@@ -2027,8 +2030,8 @@ def plain_step(net, adam, lr, grad_clip):
     return norm.item()
 
 def plain_lr(step, cfg):
-    left = (cfg.steps - step) / cfg.steps
-    return cfg.lr * left * (step + 1) / cfg.warmup if step < cfg.warmup else cfg.lr * left
+    up, down = (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.steps - cfg.warmup)
+    return cfg.lr * (up if step < cfg.warmup else down)
 
 def plain_logprobs(net, idx, targets, temperature=1.0):
     """-> [(log-probability, entropy) of each target]."""
@@ -2132,7 +2135,7 @@ def test_stage_2_does_what_plain_loops_do(tmp_path):
     weights_agree(cfg.out, net, but=["ln_f.bias"])  # where the scores' shift went
 
 def test_stage_3_does_what_plain_loops_do(tmp_path):
-    run(sft, tmp_path, n_layer=1, n_embd=16)
+    run(sft, tmp_path, n_layer=1, n_embd=16, n_head=2)
     net = m.load_model(tmp_path / "out/sft")
     with torch.no_grad():  # a stage 1 that often ends its replies
         towards_end = net.wte.weight[TINY.end]
@@ -2818,8 +2821,7 @@ def test_two_processes_take_the_same_course_as_one(tmp_path):
     for stage, changes in ((sft, {"microbatch": 2}), (reward, {"dpo": True}),
                            (reward, {"checkpoint": True, "offload": "optimizer"}),
                            (ppo, {"ptx_coef": 0.5, "temperature": 0.7}),
-                           (ppo, {"group": 4, "group_norm": True, "reward": "check"}),
-                           (ppo, {"minibatch": 8, "microbatch": 8})):  # one process keeps its first pass
+                           (ppo, {"group": 4, "minibatch": 8, "microbatch": 8})):  # one keeps its first pass
         run(stage, tmp_path, **changes)
         folders = tmp_path / "out" / stage.__name__, tmp_path / "two"
         process = torchrun(2, command(stage, tmp_path, folders[1], **changes))
