@@ -634,6 +634,7 @@ def test_the_arithmetic_of_the_docstring(tmp_path):
         close(owners[name] / weights / per_weight, 1, 0.001)
     update = run_dry(sft, tmp_path, dtype="bfloat16", offload="optimizer")[0]["phases"]["update"]
     close(update["owners"]["weights"] / weights / 2, 1, 0.001)
+    assert sum(update["owners"].values()) == update["peak_device_bytes"]  # of the device's bytes, all
     crossing = 2 * 50304 * 768  # the buffer for what crosses the bus: the largest matrix, in bfloat16
     close(update["peak_host_bytes"] / (16 * weights + crossing), 1, 0.02)
 
@@ -2896,7 +2897,7 @@ def test_imports_run_one_way_and_no_stage_imports_another():
 # What makes a command short; a later flag of the same name wins.
 SHORT = {"sft.py": "--steps=4 --batch=8 --save_every=2", "reward.py": "--steps=4 --batch=8 --save_every=2",
          "ppo.py": "--steps=2 --batch=16 --minibatch=8 --microbatch=2 --max_new_tokens=12 --best_of_n=2 "
-                   "--eval_prompts=8", "docs/bench.py best-of": "2"}
+                   "--eval_prompts=8", "docs/bench.py best-of": "2", "docs/bench.py own": "2"}
 SKIP = "pip install", "git clone", "python test_all.py"  # what runs this, or takes minutes
 
 def commands(text):

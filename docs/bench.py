@@ -9,6 +9,7 @@
     python docs/bench.py bias out/reward out/sft out/ppo    # who falls for enthusiasm!!
     python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # any policies, beside stage 1
     python docs/bench.py best-of out/sft out/reward out/best-of    # best of 1 to 64, a log for docs/view.py
+    python docs/bench.py own out/ppo out/reward out/own-ppo        # calibration on a policy's own replies
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
@@ -40,7 +41,7 @@ from data.run import memory_gb, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
-                   score_dialogue, yardsticks)
+                   passes, score_dialogue, yardsticks)
 
 # --- speed --------------------------------------------------------------------------------------------------
 
@@ -361,6 +362,23 @@ def policies(sft, reward, *folders):
         print(json.dumps({"policy": folder, **{name: round(result[name], 4) for name in shown}}), flush=True)
 
 
+def own_replies(policy, judge, out, n=4):
+    """Is a reward model as right as it is sure about a policy's own replies? Of n to each held-out prompt all
+    pairs of a good one and one that is not, by confidence: a log for docs/view.py calibration."""
+    models, sets, tokenizer, cfg = held_out(policy, judge)
+    rows = [row for row in sets["held out"] for _ in range(int(n))]
+    replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
+                                             tokenizer, cfg, 0)
+    good = torch.tensor([passes(*pair, tokenizer) for pair in zip(rows, replies)]).view(-1, int(n))
+    better = good[:, :, None] & ~good[:, None]  # (prompts, n, n): is i good and j not?
+    margin = (scores.view(-1, int(n), 1) - scores.view(-1, 1, int(n)))[better]
+    bins = reward.calibration(margin)
+    for pairs, sure, right in bins:
+        print(f"{out}: {sure:.2f} sure, right in {right:.2f} of {pairs} pairs")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "log.jsonl").write_text(json.dumps({"calibration": bins}) + "\n")
+
+
 def best_of(sft, reward, out, most=64):
     """The best of n replies of stage 1 by the reward model, n = 1, 2, 4 ... `most`: a log of right, gold,
     score and KL over n. KL from stage 1: log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3."""
@@ -384,7 +402,7 @@ def main(names):
     """A workload's name runs it in new processes: `python docs/bench.py run FUNCTION ARGUMENTS`."""
     if names == ["fit"]:
         return fit()
-    world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of}
+    world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of, "own": own_replies}
     if names and names[0] in world:
         return world[names[0]](*names[1:])
     if names[:1] == ["run"]:

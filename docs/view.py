@@ -86,11 +86,11 @@ def calibration(plt, runs):
     axis.plot([0.5, 1], [0.5, 1], "--", color=GREY, label="as sure as it should be")
     for colour, (label, folder) in zip(COLOURS, runs):
         bins = next(row["calibration"] for row in read(folder) if "calibration" in row)
-        _, sure, right = zip(*bins)
+        _, sure, right = zip(*bins) if bins else ((), (), ())
         axis.plot(sure, right, "o-", color=colour, linewidth=2.5, label=label)
-    axis.set(xlabel="confidence: sigmoid(|score difference|)", ylabel="right on held-out pairs",
-             ylim=(0.45, 1.02))
-    axis.legend(frameon=False)
+    axis.set(xlabel="confidence: sigmoid(|score difference|)", ylabel="share of pairs in which it is right",
+             ylim=(0, 1.02))
+    axis.legend(frameon=False, loc="lower left")
     return figure, [axis]
 
 
