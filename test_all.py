@@ -1442,6 +1442,7 @@ FORMATS = {
     "system and history": ({"instruction": "Why?", "output": A, "system": "Be brief.",
                             "history": [["a", "b"]]},
                            [user("Be brief.\n\na"), assistant("b"), *TALK]),
+    "reply in parts": ({"prompt": "Why?", "completion": [{"type": "text", "text": A}]}, TALK),
     "history of messages": ({"prompt": "Why?", "completion": A, "history": [user("a"), assistant("b")]},
                             [user("a"), assistant("b"), *TALK]),
     "system, prompt, output": ({"prompt": "Why?", "output": A, "system_prompt": "Be brief."},
@@ -1513,7 +1514,8 @@ def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(tmp_path):
                "messages": [user("a"), {"role": "system", "content": "s"}, assistant("b")]},
            "not a regular expression (OverflowError": {"prompt": "x", "check": "x{1,99999999999}"},
            "agreement is 'high'": {**PAIR, "agreement": "high"}, "skill is not text": {**PAIR, "skill": 3},
-           "cannot be converted (TypeError": {"prompt": "x", "history": 5, "completion": "y"}}
+           "cannot be converted (TypeError": {"prompt": "x", "history": 5, "completion": "y"},
+           "a turn is not an object": {"prompt": "x", "history": [["a", "b"], "cd"], "completion": "y"}}
     for reason, record in bad.items():
         rows, text = convert(tmp_path, PAIR, record, FORMATS["alpaca"][0], fresh=False)
         assert "in.jsonl:2: " in text and reason in text, (reason, text)
