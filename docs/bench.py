@@ -365,13 +365,13 @@ def policies(sft, reward, *folders):
 def own_replies(policy, judge, out, n=4):
     """Is a reward model as right as it is sure about a policy's own replies? Of n to each held-out prompt all
     pairs of a good one and one that is not, by confidence: a log for docs/view.py calibration."""
-    models, sets, tokenizer, cfg = held_out(policy, judge)
-    rows = [row for row in sets["held out"] for _ in range(int(n))]
+    (models, sets, tokenizer, cfg), n = held_out(policy, judge), int(n)
+    rows = [row for row in sets["held out"] for _ in range(n)]
     replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
                                              tokenizer, cfg, 0)
-    good = torch.tensor([passes(*pair, tokenizer) for pair in zip(rows, replies)]).view(-1, int(n))
+    good = torch.tensor([passes(*pair, tokenizer) for pair in zip(rows, replies)]).view(-1, n)
     better = good[:, :, None] & ~good[:, None]  # (prompts, n, n): is i good and j not?
-    margin = (scores.view(-1, int(n), 1) - scores.view(-1, 1, int(n)))[better]
+    margin = (scores.view(-1, n, 1) - scores.view(-1, 1, n))[better]
     bins = reward.calibration(margin)
     for pairs, sure, right in bins:
         print(f"{out}: {sure:.2f} sure, right in {right:.2f} of {pairs} pairs")

@@ -647,10 +647,10 @@ def dialogue(rng, skills, side, skill=None, mixed=False):
     messages = []
     for _ in range(exchanges):
         suited = [s for s in skills if s.name not in ("farewell", "greeting" if messages else "thanks")]
-        s, before, known = draw(rng, suited, "train" if side == "train" else "val")
+        s, way, known = draw(rng, suited, "train" if side == "train" else "val")
         style = rng.choices(list(MIXTURE), MIXTURE.values())[0] if mixed else "good"
         text = reply(rng, s, known, style)[0] if mixed else good(rng, s, known)
-        messages += [{"role": "user", "content": framed(rng, s, before.format(**known), not messages)},
+        messages += [{"role": "user", "content": framed(rng, s, way.format(**known), not messages)},
                      {"role": "assistant", "content": text}]
     asked = framed(rng, skill, ask.format(**case), not messages)
     return messages + [{"role": "user", "content": asked}], skill, case
