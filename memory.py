@@ -14,25 +14,19 @@ learns fewer weights), the others at most the order of a sum, and each can be us
     LoRA (in model.py)                       16 bytes for adapters only; four models share two sets of weights
     shard(model, device)                     under torchrun: each of N processes keeps an N-th of all of it
 
-`dry_run` counts all of it, for any size, without a GPU and without the memory.
+`--dry_run` counts all of it, for any size, without a GPU and without the memory: data/dry_run.py.
 """
+import copy
 import math
 import os
-import sys
-import weakref
-from collections import Counter
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import repeat
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 # --- labels for whoever is counting -------------------------------------------------------------------------
@@ -68,39 +62,6 @@ try:
 except ValueError as error:
     raise SystemExit(f"WORLD_SIZE or RANK: {error}. Start processes with torchrun, or unset both.") from None
 QUIET = True if RANK else None  # tqdm's `disable`: a bar on the first process only, and only in a terminal
-
-
-def init_distributed(kind):
-    """Join the other processes -> this process's device. Only the first process prints."""
-    if WORLD == 1:
-        return torch.device(kind)
-    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise SystemExit(f"torch {torch.__version__} is too old for several processes; 2.13 will do.")
-    if RANK:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    sys.excepthook = _report_lost_process
-    return device
-
-
-def _report_lost_process(kind, error, trace):
-    """One line instead of a traceback when another process of the job has died."""
-    if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return sys.__excepthook__(kind, error, trace)
-    print(f"process {RANK}: another process of this job has ended. The last good checkpoint is whole; the "
-          "same command with --resume goes on.", file=sys.stderr)
-
-
-def exit_distributed():
-    """The job is done: wait for the others, then exit at once. (In Python's ordinary exit gloo's threads
-    abort about one time in twenty.)"""
-    if WORLD > 1:
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
 
 
 @contextmanager
@@ -177,15 +138,15 @@ def shard_like(tensor, p):
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 
-def full_tensor(part, p):
+def full_tensor(shard, p):
     """The opposite of shard_like. All processes have to call it; what was sharded arrives on the CPU."""
     if not isinstance(p, DTensor):
-        return part
-    sharded = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        return shard
+    sharded = DTensor.from_local(shard, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
     return sharded.full_tensor().cpu()
 
 
-def local(tensor):
+def local_shard(tensor):
     """This process's shard of a tensor; of an ordinary one, all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -238,17 +199,18 @@ class OffloadedAdamW:
     """
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, host="cpu"):
         self.params = [p for p in params if p.requires_grad]
-        self.weights = [local(p.detach()) for p in self.params]  # the same memory
+        self.weights = [local_shard(p.detach()) for p in self.params]  # the same memory
         with memory_tag("optimizer"):
             # .to() copies only if it has to: float32 weights that are there already are their own masters
             self.masters = [w.to(host or w.device).float() for w in self.weights]
             self.states = [{"step": torch.zeros((), device=m.device), "exp_avg": torch.zeros_like(m),
                             "exp_avg_sq": torch.zeros_like(m)} for m in self.masters]
             self.staging = torch.empty(0)
-        matrices, vectors = ([m for m in self.masters if (m.dim() >= 2) == x] for x in (True, False))
+        matrices = [m for m in self.masters if m.dim() >= 2]
+        vectors = [m for m in self.masters if m.dim() < 2]
         # fused: a group's key, because the constructor's argument refuses the dry run's device
-        groups = [{"params": masters, "weight_decay": decay, "fused": True}
-                  for masters, decay in ((matrices, weight_decay), (vectors, 0.0))]
+        groups = [{"params": matrices, "weight_decay": weight_decay, "fused": True},
+                  {"params": vectors, "weight_decay": 0.0, "fused": True}]
         self.adamw = torch.optim.AdamW(groups, lr, betas, eps)
         self.adamw.state.update(zip(self.masters, self.states))
         for p, master in zip(self.params, self.masters):
@@ -269,7 +231,7 @@ class OffloadedAdamW:
 
     def _accumulate_grad(self, master, grad, rows=None):
         """Add a finished gradient, or that of some rows (a slice, or indices that may repeat), to the sum."""
-        grad = local(grad)
+        grad = local_shard(grad)
         if grad.device != master.device:
             grad = self._staging_like(grad).copy_(grad)
         if isinstance(rows, torch.Tensor):
@@ -321,6 +283,12 @@ class OffloadedAdamW:
         for name, tensor, p in self._tensors():
             tensor.copy_(shard_like(state[name], p))
         self._update_weights()
+
+
+def make_optimizer(model, cfg, **kwargs):
+    """AdamW for what of the model is trained, its 32-bit state where --offload says."""
+    host = None if cfg.offload == "none" else "cpu"
+    return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
 
 
 def grad_hook(p, leaf):
@@ -392,6 +360,22 @@ def stream(model, device):
     model.streamed_blocks = [StreamedBlock(model.h, i, *shared) for i in range(len(model.h))]
 
 
+@memory_tag("weights")
+def frozen_copy(model):
+    """A frozen copy of the network without LoRA's adapters. Frozen weights are shared with the model, only
+    trained ones are copied: with LoRA that is almost nothing."""
+    # deepcopy takes what memo says for an object's id; streaming is set up anew
+    memo = {id(p): torch.nn.Parameter(p.detach().clone(), False) if p.requires_grad else p
+            for p in model.parameters()}
+    out = copy.deepcopy(model, memo | {id(model.streamed_blocks): None})
+    for module in out.modules():
+        if hasattr(module, "lora_a"):
+            module.lora_a = module.lora_b = None
+    if model.streamed_blocks:
+        stream(out, model.device)
+    return out
+
+
 # --- the embedding by rows, the output matrix by chunks -----------------------------------------------------
 
 class _Lookup(torch.autograd.Function):
@@ -417,13 +401,20 @@ def lookup(weight, idx):
     return F.embedding(idx.to(weight.device), weight).to(idx.device)
 
 
+def few_shapes(n, multiple):
+    """n rounded up. A CPU plans each new shape of a matrix product, which takes longer than a small product
+    does, and keeps the plan: sizes that differ little are made alike, with padding or spare rows."""
+    return math.ceil(n / multiple) * multiple
+
+
 MM_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: products of 16-bit matrices in 32 bits
 
 
 def mean_row(weight, device):
-    """(V, C) -> what every row may lose before a softmax, about their mean (C,); None where nothing is to be
-    gained. GPT-2's own logits lie near -100, where bfloat16 has steps of 0.5. They have h . mean in common,
-    which softmax does not see: without it they lie near 0, and are rounded a hundred times finer."""
+    """(V, C) -> the mean of its rows (C,), which vocab_chunks subtracts from each; None where nothing is to
+    be gained. Softmax does not notice: all logits of a position lose the same number, h . mean. But GPT-2's
+    lie near -100, where bfloat16 has steps of 0.5; without it they lie near 0, and are rounded a hundred
+    times finer."""
     if weight.dtype == torch.float32 or device.type == "meta" or device.type == "cuda" and MM_OUT_DTYPE:
         return None
     return (weight.new_full((len(weight),), 1 / len(weight)) @ weight).to(device)
@@ -456,13 +447,9 @@ class _TokenLogprobs(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, with_entropy):  # (M, C), (V, C), (M,)
-        rows = (targets >= 0).nonzero().squeeze(1)  # rows without a target cost nothing
-        # On a CPU, which plans each new shape of a product for longer than it computes it, a few others make
-        # their number N a multiple of 64. (On a GPU to find them would be another wait.)
-        cpu = hidden.device.type == "cpu"
-        spare = (targets < 0).nonzero().squeeze(1)[:-len(rows) % 64] if cpu else rows[:0]
-        rows = torch.cat([rows, spare])  # (N,)
-        h, t = hidden[rows], targets[rows, None].clamp(min=0)  # (N, C), (N, 1)
+        n = few_shapes(int((targets >= 0).sum()), 64)  # rows without a target cost nothing, but for a few
+        rows = (targets < 0).sort(stable=True).indices[:n]  # (N,): those with a target first
+        h, t = hidden[rows], targets[rows, None]  # (N, C), (N, 1): the few have target -1, and count as 0
         target_logit = torch.zeros(len(rows), dtype=torch.float32, device=hidden.device)
         log_z, mean_logit = [], []  # of each chunk, (N,)
         for start, w in vocab_chunks(weight, chunk, hidden.device):  # w (c, C)
@@ -481,26 +468,25 @@ class _TokenLogprobs(torch.autograd.Function):
         logsumexp = torch.stack(log_z).logsumexp(0)  # (N,)
         logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(logprobs)
-        logprobs[rows] = target_logit - logsumexp
-        logprobs[spare] = 0
+        logprobs[rows] = (target_logit - logsumexp) * (t[:, 0] >= 0)
         if with_entropy:
             share = (torch.stack(log_z) - logsumexp).exp()  # (chunks, N)
-            entropy[rows] = logsumexp - (share * torch.stack(mean_logit)).sum(0)
-            entropy[spare] = 0
+            entropy[rows] = (logsumexp - (share * torch.stack(mean_logit)).sum(0)) * (t[:, 0] >= 0)
         ctx.save_for_backward(h, t, rows, logsumexp)
-        ctx.spare, ctx.weight, ctx.chunk, ctx.shape = len(spare), weight, chunk, hidden.shape
+        ctx.weight, ctx.chunk, ctx.shape = weight, chunk, hidden.shape
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        (h, t, rows, logsumexp), weight, spare = ctx.saved_tensors, ctx.weight, ctx.spare
-        g, grad_h = grad[rows, None], torch.zeros_like(h, dtype=torch.float32)  # (N, 1), (N, C)
-        g[len(rows) - spare:] = 0
-        accumulate, grad_weight = getattr(weight, "accumulate_grad", None), None
+        h, t, rows, logsumexp = ctx.saved_tensors
+        weight, grad_weight = ctx.weight, None
+        g = grad[rows, None] * (t >= 0)  # (N, 1)
+        grad_h = torch.zeros_like(h, dtype=torch.float32)  # (N, C)
+        accumulate = getattr(weight, "accumulate_grad", None)
         if ctx.needs_input_grad[1] and not accumulate:
             grad_weight = torch.empty_like(weight)  # (V, C); with OffloadedAdamW it never exists
-            accumulate = lambda part, chunk: grad_weight[chunk].copy_(part)
+            accumulate = lambda grad, chunk: grad_weight[chunk].copy_(grad)
         for start, w in vocab_chunks(weight, ctx.chunk, h.device):
             with memory_tag("logits"):
                 # g * (onehot - softmax), in the memory that held the logits (N, c)
@@ -523,143 +509,7 @@ def token_logprobs(hidden, weight, targets, chunk=None, entropy=False):
     none. Returns float32 (logprobs, entropy) of targets' shape, 0 where there is no target; entropy is in
     nats, carries no gradient, and is computed on request.
     """
-    # 16 MiB of logits, for 512 to 4,096 targets; never more than 8,192 rows of weights, which may visit, too
+    # 16 MiB of logits, for 512 to 4,096 targets. At most 8,192 rows: with stream() they are copied here, too
     chunk = chunk or max(1024, 2**22 // max(512, targets.numel()))
     args = hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), chunk, entropy
     return tuple(x.view(targets.shape) for x in _TokenLogprobs.apply(*args))
-
-
-# --- the dry run: the same code on tensors without data -----------------------------------------------------
-
-# In a dry run torch's "meta" plays the GPU. (A FakeTensor can have any device, but autograd runs only on
-# those that this build of torch knows.)
-DEVICE, HOST = torch.device("meta"), torch.device("cpu")
-
-
-def _map(function, x):
-    """function of each tensor in nested lists and tuples. (torch's tree_map is slower.)"""
-    if isinstance(x, torch.Tensor):
-        return function(x)
-    return type(x)(_map(function, y) for y in x) if isinstance(x, (list, tuple)) else x
-
-
-def _flash(q, k, v, attn_mask=None, is_causal=False):
-    """What attention keeps on a GPU, whatever the mask: its output and one number a row, no (T, T) matrix."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-
-
-class dry_run(TorchDispatchMode):
-    """with dry_run() as count: code whose tensors are on DEVICE and HOST runs without data, and its bytes are
-    counted.
-
-    Every tensor becomes torch's FakeTensor, which knows shape, type and device but holds no data. Integers
-    and booleans carry their real `value` along, so that code which branches on lengths and masks runs as
-    usual; sampled tokens are 0, so replies have full length.
-
-    Left out: the CUDA context, the allocator's rounding, the workspaces of libraries, together some 0.5 GiB
-    on a GPU. `phases`: {name: {"peak_device_bytes", "peak_host_bytes", "owners": {tag: bytes on the device
-    at its peak}}}.
-    """
-    def __init__(self):
-        super().__init__()
-        self.fake, self.storages, self.phases = FakeTensorMode(), {}, {}
-        self.bytes, self.total = Counter(), Counter()  # by (device, tag), by device
-        self.phase("setup")
-
-    def __enter__(self):
-        TRACKERS.append(self)
-        self.patch = mock.patch.object(F, "scaled_dot_product_attention", _flash)
-        self.patch.start()
-        # module.to() has to exchange parameters: assigning to .data would forget a fake tensor's device
-        torch.__future__.set_swap_module_params_on_conversion(True)
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        TRACKERS.remove(self)
-        self.patch.stop()
-        torch.__future__.set_swap_module_params_on_conversion(False)
-        return super().__exit__(*exception)
-
-    def phase(self, name):
-        self.peak = self.phases.setdefault(name, {"peak_device_bytes": 0, "peak_host_bytes": 0, "owners": {}})
-        self.add(DEVICE, "activations", 0)  # the peak begins at what is there now
-
-    def add(self, device, tag, size):
-        self.bytes[device, tag] += size
-        self.total[device] += size
-        if self.total[DEVICE] > self.peak["peak_device_bytes"]:
-            self.peak["peak_device_bytes"] = self.total[DEVICE]
-            self.peak["owners"] = {t: n for (d, t), n in self.bytes.items() if d == DEVICE and n}
-        self.peak["peak_host_bytes"] = max(self.peak["peak_host_bytes"], self.total[HOST])
-
-    def wrap(self, tensor, device, value=None):
-        """-> the FakeTensor in tensor's place, its storage counted on `device` for as long as it lives."""
-        if not isinstance(tensor, FakeTensor):
-            tensor = FakeTensor(self.fake, tensor.to(DEVICE), device)
-        if not tensor.is_floating_point():  # integers made from floats, such as sampled tokens, become 0
-            tensor.value = torch.zeros(tensor.shape, dtype=tensor.dtype) if value is None else value
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.storages:
-            tag, size = MEMORY_TAGS[-1], storage.nbytes()
-            self.add(device, tag, size)
-
-            def freed(_):
-                del self.storages[key]
-                self.add(device, tag, -size)
-            self.storages[key] = weakref.ref(storage, freed)
-        return tensor
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """torch calls this for every operation, in place of running it."""
-        if function is torch.ops.prim.device.default:
-            return args[0].fake_device
-        tensors = []
-
-        def collect(t):  # torch.tensor() and the like bring real tensors, made on the host
-            tensors.append(t if isinstance(t, FakeTensor) else self.wrap(t, HOST, t))
-            return tensors[-1]
-        args, kwargs = _map(collect, list(args)), {k: _map(collect, x) for k, x in (kwargs or {}).items()}
-        kwargs.pop("pin_memory", None)
-        known = all(hasattr(t, "value") for t in tensors)  # every input has its value, so the result has one
-        if function is torch.ops.aten._local_scalar_dense.default:  # .item()
-            return args[0].value.item() if known else 0.0
-        if not tensors:  # zeros, randn, arange ...: no value if they make floats
-            integers = function.overloadpacket in (torch.ops.aten.arange, torch.ops.aten.randperm)
-            dtype = kwargs.get("dtype") or (torch.int64 if integers else torch.float32)
-            known = not dtype.is_floating_point
-        in_place, values = function._schema.is_mutable, None
-        if known:  # run it on the values
-            value = lambda t: t.value
-            real = {k: HOST if k == "device" else _map(value, x) for k, x in kwargs.items()}
-            values = function(*_map(value, args), **real)
-            if not (in_place or function.is_view):
-                # where its arguments are; numbers (0-dimensional) from the host mix with any device
-                places = [t.device for t in sorted(tensors, key=torch.Tensor.dim, reverse=True)] or [HOST]
-                device = torch.device(kwargs.get("device") or places[0])
-                return _map(lambda v: self.wrap(v, device, v), values)
-        if in_place and known or function is torch.ops.aten.copy_.default:  # copy_ may cross devices
-            return args[0]
-        if "generator" in kwargs:
-            kwargs["generator"] = None  # it draws nothing
-        with self.fake:  # only shape, type and device; raises if the arguments are on different devices
-            out = function(*args, **kwargs)
-        self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()  # or module.to() refuses to swap
-        if in_place:
-            return args[0] if function._schema.returns else None
-        values = iter(values if isinstance(values, (list, tuple)) else [values]) if known else repeat(None)
-        return _map(lambda t: self.wrap(t, t.device, next(values)), out)
-
-    def report(self):
-        """Print the table, what takes most first; return what goes into log.jsonl."""
-        phases = {name: peak for name, peak in self.phases.items() if name != "setup"}
-        print("dry run: simulated, on tensors without data; peaks in GiB\n"
-              "phase       device     host    on the device at its peak")
-        for name, peak in phases.items():
-            owners = sorted(peak["owners"].items(), key=lambda owner: -owner[1])
-            device, host = (peak[f"peak_{side}_bytes"] / 2**30 for side in ("device", "host"))
-            print(f"{name:9} {device:8.3f} {host:8.2f}    "
-                  + ", ".join(f"{tag} {size / 2**30:.3f}" for tag, size in owners))
-        totals = {key: max(peak[key] for peak in phases.values())
-                  for key in ("peak_device_bytes", "peak_host_bytes")}
-        return {"dry_run": True, **totals, "phases": phases}

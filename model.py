@@ -8,16 +8,12 @@ B rows, T tokens, S tokens in the cache, C the width (n_embd), H heads, D = C / 
 weights live (streamed from the host, sharded among processes) is memory.py's business.
 """
 import codecs
-import copy
 import dataclasses
-import json
 import math
-import os
-import re
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,10 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import hub
 from data.batches import branching, map_by_length, pad, rng
-from data.prepare import by_set
-from data.run import check_flags, parse_flags, pick_device, require, time_limit
+from data.run import check_flags, parse_flags, pick_device, require
 from data.tokenizer import VOCAB_SIZE, Tokenizer
-from memory import (WORLD, OffloadedAdamW, checkpoint, first_process_first, full_tensor, local, logits_of,
+from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_tensor, local_shard, logits_of,
                     lookup, memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
 
 
@@ -53,8 +48,6 @@ class GPTConfig:
 class Linear(nn.Linear):
     """y = x W^T + b; with LoRA's adapters y + (x A^T) B^T: Hu et al. 2021, arXiv:2106.09685, eq. 3 with
     alpha = rank."""
-    prepacked = None  # while decoding on a CPU: the weight in oneDNN's layout, see prepacked() below
-
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.register_parameter("lora_a", None)
@@ -68,7 +61,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         # (..., in) -> (..., out); LoRA goes through (..., rank), never making the (out, in) matrix B A
-        y = super().forward(x) if self.prepacked is None else packed_linear(x, self.prepacked, self.bias)
+        y = super().forward(x)
         return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
@@ -140,11 +133,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cache=None, layer=0, mask=None, at=None):
-        """x (B, T, C) -> (B, T, C). If only N positions are needed, at=(rows, columns), each (N,) -> (N, C);
-        attention still reads all of them."""
-        x = x + self.attn(self.ln_1(x), cache, layer, mask)
-        x = x if at is None else x[at]
+    def forward(self, x, cache=None, layer=0, mask=None, keep=None):
+        """x (B, T, C) -> (B, T, C); with keep = (rows, columns), each (N,), only these positions (N, C)."""
+        x = x + self.attn(self.ln_1(x), cache, layer, mask)  # attention reads all of them
+        if keep is not None:
+            x = x[keep]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -158,7 +151,6 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.streamed_blocks = None  # what stream() runs instead of self.h
-        self.prepacked = None        # the output matrix in oneDNN's layout
 
     def initialize(self, generator):
         """Random weights, their standard deviations such that activations keep their size at any width. (With
@@ -174,8 +166,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def forward(self, idx, cache=None, at=None, positions=None, branch=None):
-        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C); with at=(rows, columns) (N, C).
+    def forward(self, idx, cache=None, keep=None, positions=None, branch=None):
+        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C), or of some positions: see Block.
 
         positions (B, T) are 0, 1, 2, ... if not given; branch (B, T): see branching() in data/batches.py.
         """
@@ -183,18 +175,18 @@ class GPT(nn.Module):
             positions = torch.arange(idx.size(1), device=idx.device)
         positions = positions.clamp(max=self.cfg.n_positions - 1)  # pad() rounds T up: only padding is beyond
         x = lookup(self.wte.weight, idx) + self.wpe(positions)  # (B, T, C)
-        mask = cache.mask if cache is not None else None if branch is None else branch_mask(branch, x.dtype)
+        mask = cache.mask if cache is not None else None
+        if branch is not None:
+            mask = branch_mask(branch, x.dtype)
         for layer, block in enumerate(self.streamed_blocks or self.h):
-            block = partial(block, cache=cache, layer=layer, mask=mask,
-                            at=at if layer + 1 == len(self.h) else None)
+            last = layer + 1 == len(self.h)
+            block = partial(block, cache=cache, layer=layer, mask=mask, keep=keep if last else None)
             x = checkpoint(block, x) if self.cfg.checkpoint and cache is None else block(x)
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> float32 (..., V), in bfloat16 but for a constant: see mean_row() in memory.py."""
+        """(..., C) -> float32 (..., V). In bfloat16 a row lacks a constant: see mean_row() in memory.py."""
         with memory_tag("logits"):
-            if self.prepacked is not None:
-                return packed_linear(hidden, self.prepacked).float()
             chunk = 8192 if self.streamed_blocks else self.cfg.vocab_size  # rows that come at a time
             out = torch.cat([logits_of(hidden.flatten(0, -2), w)
                              for _, w in vocab_chunks(self.wte.weight, chunk, self.device)], -1)
@@ -236,8 +228,8 @@ class Scorer(GPT):
         w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h."""
         if isinstance(self, FSDPModule):
             self.reshard()
-        w, bias = full_tensor(local(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
-        local(bias).add_(shard_like((c * w / w.dot(w)).to(bias.dtype), bias))
+        w, bias = full_tensor(local_shard(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
+        local_shard(bias).add_(shard_like((c * w / w.dot(w)).to(bias.dtype), bias))
 
 
 def negative_log_likelihood(model, examples, device):
@@ -246,7 +238,8 @@ def negative_log_likelihood(model, examples, device):
     The caller divides the sum by a number of targets that is the same for all micro-batches, so that their
     size cannot change the gradient.
     """
-    idx, targets = (pad(column, fill).to(device) for column, fill in zip(zip(*examples), (0, -1)))
+    idx = pad([idx for idx, _ in examples]).to(device)
+    targets = pad([targets for _, targets in examples], -1).to(device)
     logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
     return -logprobs
 
@@ -257,27 +250,27 @@ def reply_states(model, prompts, replies):
     pairs = [*zip(prompts, replies)]
     groups = [[p + r for p, r in group] for _, group in groupby(pairs, key=lambda pair: pair[0])]
     before = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in pairs]
-    args = branching(groups, model.device, before)
-    # in 64s, by spare rows: a CPU plans each new shape of a product longer than it computes it
-    args["at"] = tuple(F.pad(x, (0, -len(x) % 64)) for x in args["at"])
-    return model(**args)
+    inputs = branching(groups, model.device, before)
+    rows, columns = inputs["keep"]
+    spare = few_shapes(len(rows), 64) - len(rows)  # their states are the first token's, which nobody reads
+    return model(**inputs | {"keep": (F.pad(rows, (0, spare)), F.pad(columns, (0, spare)))})
 
 
 def by_reply(x, replies):
-    """(N + spare,), a number for each token of the replies -> (B, R): a row for each reply, 0 beyond its
-    end."""
-    lengths = [*map(len, replies)]
+    """(N + spare,), N numbers for the replies' N tokens -> (B, R): a row for each reply, 0 beyond its end."""
+    lengths = [len(reply) for reply in replies]
     return pad_sequence(x[:sum(lengths)].split(lengths), batch_first=True)
 
 
 def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
     """-> log-probabilities of the replies' tokens under the distribution that they were sampled from, and its
     entropy if asked for, each float32 (B, R), 0 beyond a reply's end."""
-    targets = torch.tensor([t for reply in replies for t in reply]).to(model.device)
     # logits = hidden @ wte.T: dividing the one divides the other
     hidden = reply_states(model, prompts, replies) / temperature
-    targets = F.pad(targets, (0, len(hidden) - len(targets)), value=-1)  # spare rows have none
-    return [by_reply(x, replies) for x in token_logprobs(hidden, model.wte.weight, targets, entropy=entropy)]
+    targets = [t for reply in replies for t in reply]
+    targets = torch.tensor(targets + [-1] * (len(hidden) - len(targets))).to(model.device)
+    logprobs, entropies = token_logprobs(hidden, model.wte.weight, targets, entropy=entropy)
+    return by_reply(logprobs, replies), by_reply(entropies, replies)
 
 
 # --- generation ---------------------------------------------------------------------------------------------
@@ -286,8 +279,8 @@ class Cache:
     """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, capacity, D). The first forward
     is the prefill, its rows are the different prompts, and prompt (B,) says which of them each row has."""
     def __init__(self, cfg, prompt, capacity, like):
-        capacity = math.ceil(capacity / 16) * 16
-        shape = cfg.n_layer, 2, len(prompt), cfg.n_head, capacity, cfg.n_embd // cfg.n_head
+        head_dim = cfg.n_embd // cfg.n_head
+        shape = cfg.n_layer, 2, len(prompt), cfg.n_head, few_shapes(capacity, 16), head_dim
         # A CPU attends twice as fast in float32. Zeros, as masked values must be numbers: 0 * nan = nan.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         with memory_tag("KV cache"):
@@ -308,12 +301,12 @@ class Cache:
         """The next forward has one token a row, at position `lengths` (B,), of which `longest` is the
         largest."""
         self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
-        S = math.ceil((longest + 1) / 16) * 16  # few different shapes
-        unseen = torch.arange(S, device=lengths.device) > lengths[:, None]
-        self.mask = torch.zeros(unseen.shape, dtype=self.kv.dtype, device=lengths.device) \
-            .masked_fill(unseen, -math.inf)[:, None, None]  # (B, 1, 1, S)
+        S = few_shapes(longest + 1, 16)
+        unseen = torch.arange(S, device=lengths.device) > lengths[:, None]  # (B, S)
+        seen = torch.zeros(unseen.shape, dtype=self.kv.dtype, device=lengths.device)
+        self.mask = seen.masked_fill(unseen, -math.inf)[:, None, None]  # (B, 1, 1, S)
 
-    def keep(self, alive):
+    def select(self, alive):
         """Forget all rows but those numbered in alive (n,); layer by layer, in place: a second cache might
         not fit."""
         for kv in self.kv:
@@ -365,116 +358,55 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.wpe.weight)
     ends = torch.arange(len(which)), torch.tensor([len(p) - 1 for p in which])
     hidden = model(idx, cache, tuple(x.to(device) for x in ends))[prompt]  # (B, C)
-    # Who goes on is decided on the host, so that it waits for the device once a token. rows: whose reply each
-    # row of the cache is
+    # Who goes on is decided on the host, which waits for the device once a token. rows: whose reply each row
+    # of the cache is
     rows, replies, ended = list(range(len(prompts))), [[] for _ in prompts], set()
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
-    with prepacked(model, len(prompts)):
-        for step in range(max_new_tokens):
-            # 2. one token a row
-            with memory_tag("logits"):
-                token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
-            tokens = token.tolist()  # the wait
-            for row, t in zip(rows, tokens):
-                if row not in ended:
-                    replies[row].append(t)
-                    if on_token:
-                        on_token(row, t)
-                    if t == end:
-                        ended.add(row)
-            if step + 1 == max_new_tokens or len(ended) == len(prompts):
-                break
-            # 3. rows that have ended leave the batch, in eights: with few different shapes a CPU plans little
-            kept = sorted(range(len(rows)), key=lambda i: rows[i] in ended)  # those that go on first
-            kept = kept[:math.ceil((len(prompts) - len(ended)) / 8) * 8]
-            if len(kept) < len(rows):
-                rows, kept = [rows[i] for i in sorted(kept)], torch.tensor(sorted(kept)).to(device)
-                token, lengths, u = token[kept], lengths[kept], u[kept]
-                cache.keep(kept)
-            # 4. the tokens go in, each at its row's next position
-            cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
-            hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
-            lengths = lengths + 1
+    for step in range(max_new_tokens):
+        # 2. one token a row
+        with memory_tag("logits"):
+            token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
+        for row, t in zip(rows, token.tolist()):  # the wait
+            if row not in ended:
+                replies[row].append(t)
+                if on_token:
+                    on_token(row, t)
+                if t == end:
+                    ended.add(row)
+        if step + 1 == max_new_tokens or len(ended) == len(prompts):
+            break
+        # 3. rows that have ended leave the batch
+        going_on_first = sorted(range(len(rows)), key=lambda i: rows[i] in ended)
+        kept = sorted(going_on_first[:few_shapes(len(prompts) - len(ended), 8)])
+        if len(kept) < len(rows):
+            rows = [rows[i] for i in kept]
+            kept = torch.tensor(kept).to(device)
+            token, lengths, u = token[kept], lengths[kept], u[kept]
+            cache.select(kept)
+        # 4. the tokens go in, each at its row's next position
+        cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
+        hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
+        lengths = lengths + 1
     return replies
 
 
-def packed_linear(x, prepacked_weight, bias=None):
-    """x W^T + b with W in oneDNN's layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, prepacked_weight, bias, "none", [], "")
+def generate_many(model, prompts, max_new_tokens, end, generator, batch, temperature=1.0):
+    """generate() for any number of prompts, `batch` at a time, shared among the processes -> replies in their
+    order. Neither the batch nor the number of processes changes what a prompt is answered."""
+    u = torch.rand(len(prompts), max_new_tokens, generator=generator)
 
-
-@contextmanager
-def prepacked(model, rows):
-    """For decoding on a CPU, `rows` at a time. Before each product oneDNN brings the matrix into a layout of
-    its own, which for a few rows takes longer than the product. Here it does so once, in a copy, and a token
-    takes a third to a half of the time. Where the processor or torch cannot, nothing happens."""
-    able = (model.device.type == "cpu" and not model.streamed_blocks and torch.backends.mkldnn.is_available()
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (model.wpe.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    modules = [x for x in model.modules() if isinstance(x, (Linear, GPT))] if able else []
-    try:
-        for x in modules:
-            weight = next(vocab_chunks(x.wte.weight, len(x.wte.weight), model.device))[1] \
-                if isinstance(x, GPT) else x.weight
-            x.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        yield
-    finally:
-        for x in modules:
-            x.prepacked = None
-
-
-def generate_many(model, prompts, max_new_tokens, end, seed, batch, temperature=1.0):
-    """generate() for any number of prompts, `batch` at a time -> replies in their order. Each batch has its
-    own random numbers, by where it begins."""
+    def answer(rows):
+        return generate(model, [prompts[i] for i in rows], max_new_tokens, end, temperature, u=u[rows])
     with unsharded(model):
-        return map_by_length(lambda part, i: generate(model, part, max_new_tokens, end, temperature,
-                                                      generator=rng(seed, i)), prompts, batch)
+        return map_by_length(answer, range(len(prompts)), batch, length=lambda i: len(prompts[i]))
 
 
-@cache  # once a row
-def report_slow_check(check, prompt):
-    print(f"check {check!r} of prompt {prompt!r}: matching took over a second and was given up; such replies "
-          "do not pass. Rewrite the check without nested repetition.", file=sys.stderr)
-
-
-def passes_check(row, text, name="check"):
-    """Does the reply match the row's `name`, a regular expression, in full? Training uses "check" in
-    ppo.py --reward=check only, and "right" never."""
-    try:
-        with time_limit(1):  # some expressions try exponentially many ways to match
-            return re.fullmatch(row[name], text) is not None
-    except TimeoutError:
-        report_slow_check(row[name], row["prompt"][-1]["content"])
-        return False
-
-
-def passes(row, reply, tokenizer):
-    """Is the reply, a list of ids, good: does it end, has it no other control token, does its text match?"""
-    whole = reply[-1] == tokenizer.end and all(t < tokenizer.user for t in reply[:-1])
-    return whole and passes_check(row, tokenizer.decode(reply))
-
-
-def yardsticks(rows, replies, tokenizer):
-    """Replies, lists of ids -> {"right": the share that gives a right answer somewhere, "gold": the share
-    that is good}, of the rows that have "right" and "check"; None where none has."""
-    right = [passes_check(row, tokenizer.decode(reply), "right") for row, reply in zip(rows, replies)
-             if "right" in row]
-    good = [passes(row, reply, tokenizer) for row, reply in zip(rows, replies) if "check" in row]
-    return {name: sum(x) / len(x) if x else None for name, x in (("right", right), ("gold", good))}
-
-
-def evaluate_replies(model, prompts, tokenizer, cfg):
-    """The model answers held-out prompts -> {"right", "gold"}: see yardsticks(), for the first of the sets
-    that the rows name; all sets are printed."""
-    new, measured = cfg.block_size // 2, [dict.fromkeys(("right", "gold"))]
-    for name, rows in by_set(row for row in prompts if "check" in row or "right" in row).items():
-        ids = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in rows]
-        replies = generate_many(model, ids, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
-        measured.append(yardsticks(rows, replies, tokenizer))
-        shown = ", ".join(f"{100 * x:.0f} % {name}" for name, x in measured[-1].items() if x is not None)
-        print(f"{len(rows)} prompts, {name}: {shown}")
-    return measured[min(1, len(measured) - 1)]
+def answer_prompts(model, tokenizer, cfg, rows):
+    """The model's replies to rows of prompts.jsonl, lists of ids, of at most half a context."""
+    new = cfg.block_size // 2
+    prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in rows]
+    at_once = cfg.microbatch or 4 * cfg.batch
+    return generate_many(model, prompts, new, tokenizer.end, rng(cfg.seed, "answers"), at_once)
 
 
 # --- loading, saving, and what of a model is trained --------------------------------------------------------
@@ -492,7 +424,8 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
             "sft.py and ppo.py write language models, reward.py reward models.")
     if cls is Scorer and not has_head:
         tensors["score.weight"] = model.initialize_head(rng(head_seed, "head")).score.weight.detach()
-    wanted, found = ({(name, t.shape) for name, t in x.items()} for x in (model.state_dict(), tensors))
+    wanted = {(name, t.shape) for name, t in model.state_dict().items()}
+    found = {(name, t.shape) for name, t in tensors.items()}
     wrong = sorted({name for name, _ in wanted ^ found})
     require(not wrong, f"{folder}: keys missing, unexpected or of another shape than config.json says: "
             f"{', '.join(wrong[:5])}.")
@@ -500,23 +433,19 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
     return model.to(device, dtype)
 
 
-def merged(model):
-    """model's whole state_dict() with LoRA merged in, W + B A. Only matrices with adapters become float32."""
-    state = {name: full_tensor(local(t), t) for name, t in model.state_dict().items()}
-    if any(name.endswith("lora_a") for name in state):  # float32 copies: on the host, where there is room
-        state = {name: t.cpu() for name, t in state.items()}
-    for name in [name for name in state if name.endswith("lora_a")]:
-        weight = name.replace("lora_a", "weight")
-        lora_delta = state.pop(name.replace("lora_a", "lora_b")).float() @ state.pop(name).float()
-        state[weight] = state[weight].float() + lora_delta
-    return state
-
-
 def exported(model):
-    """model -> (config, tensors), as hub.write and Run.save take them."""
+    """model -> (config, tensors), as hub.write and Run.save take them. LoRA is merged in, W + B A; these
+    matrices become float32."""
+    state = {name: full_tensor(local_shard(t), t) for name, t in model.state_dict().items()}
+    adapted = [name.removesuffix("lora_a") for name in state if name.endswith("lora_a")]
+    if adapted:  # float32 copies: on the host, where there is room
+        state = {name: t.cpu() for name, t in state.items()}
+    for name in adapted:
+        lora_delta = state.pop(name + "lora_b").float() @ state.pop(name + "lora_a").float()
+        state[name + "weight"] = state[name + "weight"].float() + lora_delta
     config = dataclasses.asdict(model.cfg)
     del config["checkpoint"]
-    return config, merged(model)
+    return config, state
 
 
 @memory_tag("weights")
@@ -561,28 +490,6 @@ def setup_training(model, cfg, device):
     return model
 
 
-@memory_tag("weights")
-def frozen_copy(model):
-    """A frozen copy of the network without its adapters. Frozen weights are shared with the model, only
-    trained ones are copied: with LoRA that is almost nothing."""
-    # deepcopy takes what memo says for an object's id; streaming is set up anew
-    memo = {id(p): nn.Parameter(p.detach().clone(), False) if p.requires_grad else p
-            for p in model.parameters()}
-    out = copy.deepcopy(model, memo | {id(model.streamed_blocks): None})
-    for module in out.modules():
-        if isinstance(module, Linear):
-            module.lora_a = module.lora_b = None
-    if model.streamed_blocks:
-        stream(out, model.device)
-    return out
-
-
-def make_optimizer(model, cfg, **kwargs):
-    """AdamW for what of the model is trained, its 32-bit state where --offload says."""
-    host = None if cfg.offload == "none" else "cpu"
-    return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
-
-
 # --- chat ---------------------------------------------------------------------------------------------------
 
 @dataclass(slots=True)
@@ -611,12 +518,13 @@ def last_exchanges(messages, tokenizer, room):
 def reply(model, tokenizer, messages, cfg, generator):
     """Streams the assistant's next turn to the terminal and returns its text. Ctrl-C ends it."""
     new, said = cfg.max_new_tokens or model.cfg.n_positions // 2, []
+    room = model.cfg.n_positions - new
+    prompt = tokenizer.prompt(last_exchanges(messages, tokenizer, room), room)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
 
     def show(_, token):
         said.append(token)
         print(decoder.decode(tokenizer.bytes([token])), end="", flush=True)
-    prompt = tokenizer.prompt(messages, model.cfg.n_positions - new)
     try:
         generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator,
                  on_token=show)
@@ -638,60 +546,39 @@ def main(cfg):
     check_flags(cfg)
     require(cfg.prompt or sys.stdin, 'Standard input is closed, a chat reads it. Use --prompt="..." instead.')
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    folders = [folder for folder in (cfg.model, cfg.compare) if folder]
-    models = [load_model(folder, GPT, device, dtype) for folder in folders]
+    models = {folder: load_model(folder, GPT, device, dtype) for folder in (cfg.model, cfg.compare) if folder}
     reward_model = load_model(cfg.reward, Scorer, device, dtype) if cfg.reward else None
-    names = {net.cfg.tokenizer for net in [*models, *filter(None, [reward_model])]}
+    names = {net.cfg.tokenizer for net in (*models.values(), reward_model) if net}
     require(len(names) == 1, f"--compare, --reward: their tokenizers differ ({', '.join(sorted(names))}).")
-    require(cfg.max_new_tokens < min(net.cfg.n_positions for net in models),
-            f"--max_new_tokens={cfg.max_new_tokens}: the context has "
-            f"{min(net.cfg.n_positions for net in models)} positions.")
-    tokenizer, generator, dialogues = Tokenizer(names.pop()), rng(cfg.seed), [[] for _ in models]
-    forgetful = set()  # folders whose model has been said to forget
+    context = min(net.cfg.n_positions for net in models.values())
+    require(cfg.max_new_tokens < context,
+            f"--max_new_tokens={cfg.max_new_tokens}: the context has {context} positions.")
+    tokenizer, generator = Tokenizer(names.pop()), rng(cfg.seed)
+    dialogues = {folder: [] for folder in models}
 
     def answer(text):
         text = text.encode(errors="replace").decode()  # bytes that are no character arrive as half ones
-        for folder, net, messages in zip(folders, models, dialogues):
+        for folder, messages in dialogues.items():
             messages.append({"role": "user", "content": text})
-            room = net.cfg.n_positions - (cfg.max_new_tokens or net.cfg.n_positions // 2)
-            seen = last_exchanges(messages, tokenizer, room)
-            if len(seen) < len(messages) and folder not in forgetful:
-                forgetful.add(folder)
-                print(f"(The dialogue has outgrown the {room} tokens that {folder} can look back on: from "
-                      "now on it forgets the oldest exchanges.)")
             if len(models) > 1:
                 print(f"{folder}: ", end="")
-            messages.append({"role": "assistant", "content": reply(net, tokenizer, seen, cfg, generator)})
+            said = reply(models[folder], tokenizer, messages, cfg, generator)
+            messages.append({"role": "assistant", "content": said})
             if reward_model:
                 print(f"    (score {score_dialogue(reward_model, tokenizer, messages):+.2f})")
-        return dialogues[0][-1]["content"]
+        return dialogues[cfg.model][-1]["content"]
     if cfg.prompt:
         return answer(cfg.prompt)
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys, where Python has it)
-    except ImportError:
-        pass
-    print("/reset forgets, /save FILE keeps the dialogue, Ctrl-C ends a reply, Ctrl-D leaves.")
+    print("/reset forgets, Ctrl-C ends a reply, Ctrl-D leaves. Of a long dialogue it sees the last turns.")
     while True:
         try:
             text = input("> ").strip()
         except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal is gone
             return print()
-        command, _, file = text.partition(" ")
-        file = file.strip() or "chat.json"
-        if command == "/reset":
-            dialogues = [[] for _ in models]
-        elif command == "/save":
-            temporary = Path(file + ".tmp")  # an earlier file stays until this one is whole
-            try:
-                dialogue = json.dumps(dialogues, indent=2, ensure_ascii=False)
-                temporary.write_text(dialogue + "\n", encoding="utf-8")
-                os.replace(temporary, file)
-                print(f"saved to {file}")
-            except (OSError, ValueError) as error:
-                with suppress(OSError, ValueError):
-                    temporary.unlink()
-                print(f"{file}: could not be written ({error})")
+        if text == "/reset":
+            dialogues = {folder: [] for folder in models}
         elif text:
             answer(text)
 

@@ -10,20 +10,21 @@ A model that only guesses has loss ln 2 = 0.693 and accuracy 0.5; noisy labels s
 DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy is its own reward model. Same pairs, same loss.
 """
 import os
-import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import prepare
-from data.batches import batch_at, map_by_length
-from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
-from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, Scorer, evaluate_replies, exported, frozen_copy, generate_many, load_model,
-                   make_model, make_optimizer, policy_logprobs, setup_training)
+from data.batches import batch_at, map_by_length, microbatches
+from data.dry_run import run_dry
+from data.evaluation import measure_sets, report
+from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
+from memory import QUIET, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
+from model import (GPT, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
+                   setup_training)
 
 
 @dataclass(slots=True)
@@ -62,10 +63,10 @@ class Config:
 
 def encode_pair(row, tokenizer, block_size):
     """-> ids of (prompt, chosen, rejected). A prompt that is too long loses its beginning, as much as the
-    longer reply asks for; None if that is all of it."""
+    longer reply asks for; None if only its last token would be left, <|assistant|>, or less."""
     replies = [tokenizer.encode(row[side]) + [tokenizer.end] for side in ("chosen", "rejected")]
     room = block_size - max(map(len, replies))
-    return (tokenizer.prompt(row["prompt"], room), *replies) if room > 1 else None  # <|assistant|> is not all
+    return (tokenizer.prompt(row["prompt"], room), *replies) if room > 1 else None
 
 
 def load_pairs(cfg, tokenizer):
@@ -76,11 +77,13 @@ def load_pairs(cfg, tokenizer):
             row["ids"] = encode_pair(row, tokenizer, cfg.block_size)
         fit = [row for row in rows if row["ids"]]
         out.append([row for row in fit if row["ids"][1] != row["ids"][2]])
-        cut += sum(row["ids"][0][0] != tokenizer.user for row in out[-1])  # it begins a whole dialogue
-        for n, what in ((len(rows) - len(fit), f"whose longer reply alone fills {cfg.block_size} tokens"),
-                        (len(fit) - len(out[-1]), "of equal replies")):
-            if n:
-                print(f"dropped {n:,} pairs {what}")
+        first_tokens = [row["ids"][0][0] for row in out[-1]]
+        cut += sum(token != tokenizer.user for token in first_tokens)  # with which a whole dialogue begins
+        if len(fit) < len(rows):
+            print(f"dropped {len(rows) - len(fit):,} pairs whose longer reply alone fills {cfg.block_size} "
+                  "tokens")
+        if len(out[-1]) < len(fit):
+            print(f"dropped {len(fit) - len(out[-1]):,} pairs of equal replies")
     require(out[0], f"{cfg.data}: no pair to learn from at --block_size={cfg.block_size}.")
     print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out; in {cut:,} the prompt lost its beginning to fit "
           f"{cfg.block_size} tokens")
@@ -103,10 +106,12 @@ def score_pairs(model, pairs, reference=None, beta=0.0):
     """
     if not reference:
         return model.scores([[p + c, p + r] for p, c, r in pairs]).view(-1, 2).unbind(1)
-    sides = [(p, reply) for p, *both in pairs for reply in both]
+    prompts = [prompt for prompt, _, _ in pairs for _ in range(2)]
+    replies = [reply for _, *replies in pairs for reply in replies]
     with torch.no_grad():
-        ref_logprobs = policy_logprobs(reference, *zip(*sides))[0]
-    return (beta * (policy_logprobs(model, *zip(*sides))[0] - ref_logprobs).sum(1)).view(-1, 2).unbind(1)
+        ref_logprobs, _ = policy_logprobs(reference, prompts, replies)
+    logprobs, _ = policy_logprobs(model, prompts, replies)
+    return (beta * (logprobs - ref_logprobs).sum(1)).view(-1, 2).unbind(1)
 
 
 # The loss ignores what both replies' scores have in common, but PPO clips scores: keep it small.
@@ -122,65 +127,30 @@ def bradley_terry(chosen, rejected):
 
 
 @torch.no_grad()
-def evaluate_margins(model, rows, size, reference=None, beta=0.0):
+def evaluate_margins(model, rows, cfg, reference=None):
     """score(chosen) - score(rejected) of each row, float32 on the CPU."""
-    def margins(pairs, _):
-        chosen, rejected = score_pairs(model, pairs, reference, beta)
+    def margins(pairs):
+        chosen, rejected = score_pairs(model, pairs, reference, cfg.beta)
         return (chosen - rejected).tolist()
-    return torch.tensor(map_by_length(margins, [row["ids"] for row in rows], size, length=tokens_of_pair))
-
-
-def accuracy_table(rows, margin):
-    """-> {skill: (pairs, accuracy, ceiling)} with "all" last.
-
-    A row's "agreement" is the probability that a rater chooses as its label says. Labels are noisy: a model
-    that knows the raters' taste exactly is right where it is above 1/2: their share is the ceiling (or None).
-    """
-    groups, table = defaultdict(list), {}
-    for i, row in enumerate(rows):
-        groups[row.get("skill", "")].append(i)
-    groups.pop("", None)
-    for skill, members in [*sorted(groups.items()), ("all", range(len(rows)))]:
-        known = all("agreement" in rows[i] for i in members)
-        ceiling = sum(rows[i]["agreement"] > 0.5 for i in members) / len(members) if known else None
-        table[skill] = len(members), (margin[list(members)] > 0).float().mean().item(), ceiling
-    return table
-
-
-def calibration(margin, bins=5):
-    """-> [(pairs, predicted, observed)] by confidence: the predicted and the real share of right rankings."""
-    confidence, right = margin.abs().sigmoid(), (margin > 0).float()
-    edges = torch.linspace(0.5, 1, bins + 1)
-    which = torch.bucketize(confidence, edges[1:-1])
-    return [(int(m.sum()), confidence[m].mean().item(), right[m].mean().item())
-            for m in (which == b for b in range(bins)) if m.any()]
-
-
-def report(rows, margin):
-    """Print accuracy by skill and calibration; return (accuracy, ceiling, calibration)."""
-    table, bins = accuracy_table(rows, margin), calibration(margin)
-    print(f"{'skill':20} {'pairs':>6} {'accuracy':>9} {'ceiling':>8}")
-    for skill, (n, accuracy, ceiling) in table.items():
-        print(f"{skill:20} {n:6} {accuracy:9.3f} {'unknown' if ceiling is None else f'{ceiling:.3f}':>8}")
-    print("confidence: " + ", ".join(f"{predicted:.2f} -> right {observed:.2f} ({n} pairs)"
-                                     for n, predicted, observed in bins))
-    return *table["all"][1:], bins
+    pairs = [row["ids"] for row in rows]
+    return torch.tensor(map_by_length(margins, pairs, cfg.microbatch or cfg.batch, length=tokens_of_pair))
 
 
 @torch.no_grad()
 def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     """The average score of --init's own replies; None if it is scratch, or if there are no prompts."""
-    prompts = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
-    if cfg.init == "scratch" or not prompts:
+    rows = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
+    if cfg.init == "scratch" or not rows:
         return None
-    sft, new = load_model(cfg.init, GPT, dtype=dtype), cfg.block_size // 2
+    sft = load_model(cfg.init, GPT, dtype=dtype)
     shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # as --offload says
-    prompts = [tokenizer.prompt(row["prompt"], cfg.block_size - new) for row in prompts]
-    replies = generate_many(sft, prompts, new, tokenizer.end, cfg.seed, cfg.microbatch or 4 * cfg.batch)
-    rows = sorted((p + r for p, r in zip(prompts, replies)), key=len)
-    scores = map_by_length(lambda rows, _: model.scores([[row] for row in rows]).tolist(), rows,
-                           cfg.microbatch or cfg.batch)
-    return torch.tensor(scores).mean().item()
+    room = cfg.block_size - cfg.block_size // 2  # for the prompt, as in answer_prompts
+    dialogues = [tokenizer.prompt(row["prompt"], room) + reply
+                 for row, reply in zip(rows, answer_prompts(sft, tokenizer, cfg, rows))]
+
+    def scores(dialogues):
+        return model.scores([[dialogue] for dialogue in dialogues]).tolist()
+    return torch.tensor(map_by_length(scores, dialogues, cfg.microbatch or cfg.batch)).mean().item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -188,11 +158,12 @@ def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
 def learn(model, batch, cfg, reference=None):
     """Gradients of the mean of loss + CENTER * penalty over a batch of pairs of ids -> (the mean loss alone,
     how many pairs are ranked right). DPO's scores are log-probabilities: nothing to keep near 0."""
-    loss, right, size, mine = 0.0, 0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
-    for i in range(0, len(mine), size):
-        chosen, rejected = score_pairs(model, mine[i:i + size], reference, cfg.beta)
+    loss, right = 0.0, 0
+    center = 0.0 if reference else CENTER
+    for pairs in microbatches(batch, cfg.microbatch):
+        chosen, rejected = score_pairs(model, pairs, reference, cfg.beta)
         pair_loss, penalty = bradley_terry(chosen, rejected)
-        ((pair_loss + CENTER * penalty * (not reference)) / len(batch)).backward()
+        ((pair_loss + center * penalty) / len(batch)).backward()
         loss += pair_loss.item() / len(batch)
         right += (chosen > rejected).sum().item()
     return all_reduce_sum(loss, right)
@@ -229,53 +200,44 @@ def main(cfg):
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
-    run = Run(cfg)
-    optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
+    optimizer, right, pairs = make_optimizer(model, cfg, betas=(0.9, 0.95)), 0, 0
+    run = Run(cfg, device)
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
-    say, clock, seen, size, right, recent = tqdm.write, time.time(), 0, cfg.microbatch or cfg.batch, 0, 0
     with run:
         for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss, correct = learn(model, batch, cfg, reference)
-            right += correct
+            right, pairs = right + correct, pairs + len(batch)
             lr = linear_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
-            run.check_finite(step, loss=loss, grad_norm=norm)
-            seen += sum(len(ids) for pair in batch for ids in pair)
-            recent += len(batch)
+            run.end_step(sum(len(ids) for pair in batch for ids in pair), loss=loss, grad_norm=norm)
 
-            done = step + 1
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                speed, clock, seen = seen / (time.time() - clock), time.time(), 0
-                accuracy, right, recent = right / recent, 0, 0
-                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | acc {accuracy:.3f} | norm {norm:.2f} | "
-                    f"lr {lr:.1e} | {speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
-                run.log(step=done, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr, tokens_per_s=speed,
-                        seconds=time.time() - run.clock, memory_gb=memory_gb(device))
-            if val and done % cfg.eval_every == 0 and done < cfg.steps:
-                margin = evaluate_margins(model, val, size, reference, cfg.beta)
-                accuracy = (margin > 0).float().mean().item()
-                say(f"step {done:5}/{cfg.steps} | val_accuracy {accuracy:.4f}")
-                run.log(step=done, val_accuracy=accuracy)
-                clock, seen = time.time(), 0
-            if run.save_due(done):
-                run.save(done, *exported(model), optimizer=optimizer)
+            if run.due("log"):
+                run.report(f"loss {loss:.4f} | acc {right / pairs:.3f} | norm {norm:.2f} | lr {lr:.1e}",
+                           loss=loss, accuracy=right / pairs, grad_norm=norm, lr=lr)
+                right = pairs = 0
+            if val and run.due("eval") and run.done < cfg.steps:
+                margin = evaluate_margins(model, val, cfg, reference)
+                run.report_evaluation(val_accuracy=(margin > 0).float().mean().item())
+            if run.due("save"):
+                run.save(*exported(model), optimizer=optimizer)
 
-    accuracy = ceiling = None
+    summary = {"val_accuracy": None, "ceiling": None}
     if val:
-        accuracy, ceiling, bins = report(val, evaluate_margins(model, val, size, reference, cfg.beta))
-        run.log(step=cfg.steps, calibration=bins)
+        summary["val_accuracy"], summary["ceiling"], bins = report(
+            val, evaluate_margins(model, val, cfg, reference))
+        run.log(calibration=bins)
     if cfg.dpo:
         prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
-        return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling,
-                          **evaluate_replies(model, prompts, tokenizer, cfg))
+        summary |= measure_sets(prompts, partial(answer_prompts, model, tokenizer, cfg), tokenizer)
+        return run.finish(**summary)
     offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
     if offset is not None:
         model.shift(-offset)
         run.save_model(*exported(model))
         print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
-    return run.finish(cfg.steps, val_accuracy=accuracy, ceiling=ceiling)
+    return run.finish(**summary)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,20 @@ Reads sft.jsonl and prompts.val.jsonl of --data; writes the model, log.jsonl and
 The loss is the negative log-likelihood of what the assistant says, <|end|> included (of text: every token).
 """
 import math
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from data import prepare
-from data.batches import batch_at, map_by_length
-from data.run import Run, check_flags, linear_lr, memory_gb, parse_flags, pick_device, require, run_dry
+from data.batches import batch_at, map_by_length, microbatches, rng
+from data.dry_run import run_dry
+from data.evaluation import measure_sets, question_of
+from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
 from data.tokenizer import count_targets, encode_demonstration
-from memory import QUIET, RANK, WORLD, all_reduce_sum, phase, shard
-from model import (GPT, evaluate_replies, exported, generate_many, make_model, make_optimizer,
-                   negative_log_likelihood)
+from memory import QUIET, all_reduce_sum, make_optimizer, phase, shard
+from model import GPT, answer_prompts, exported, generate_many, make_model, negative_log_likelihood
 
 
 @dataclass(slots=True)
@@ -62,7 +63,8 @@ def load_examples(cfg, tokenizer):
         examples = []
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
             examples += encode_demonstration(row, tokenizer, cfg.block_size)
-            cut += "messages" in row and examples[-1][0][0] != tokenizer.user  # it begins a whole dialogue
+            first_token = examples[-1][0][0]
+            cut += "messages" in row and first_token != tokenizer.user  # with which a whole dialogue begins
         encoded.append([example for example in examples if count_targets([example])])
         if len(encoded[-1]) < len(examples):
             print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")
@@ -79,20 +81,23 @@ def load_examples(cfg, tokenizer):
 
 @torch.no_grad()
 def validate(model, val, cfg, device):
-    """-> (the sum of -log p over all held-out targets in nats, their number)."""
-    nll_of = lambda examples, _: negative_log_likelihood(model, examples, device).sum(1).tolist()
+    """-> the mean of -log p over all held-out targets, in nats; None where there are none."""
+    def nll_of(examples):
+        return negative_log_likelihood(model, examples, device).sum(1).tolist()
     nll = map_by_length(nll_of, val, cfg.microbatch or cfg.batch, length=lambda example: len(example[0]))
-    return sum(nll), count_targets(val)
+    return sum(nll) / count_targets(val) if val else None
 
 
 def print_samples(model, tokenizer, prompts, val, cfg, n=4):
     """What the model says to a few held-out prompts, or its continuation of held-out text."""
-    half = cfg.block_size // 2
-    shown = [(row["prompt"][-1]["content"][-200:], tokenizer.prompt(row["prompt"], half))
-             for row in prompts[:n]]
-    shown = shown or [(tokenizer.decode(idx[:half // 2]), idx[:half // 2]) for idx, _ in val[:n]]
-    replies = generate_many(model, [ids for _, ids in shown], half, tokenizer.end, cfg.seed, cfg.batch)
-    for (text, _), reply in zip(shown, replies):
+    if prompts:
+        shown = [question_of(row) for row in prompts[:n]]
+        replies = answer_prompts(model, tokenizer, cfg, prompts[:n])
+    else:
+        beginnings = [idx[:cfg.block_size // 4] for idx, _ in val[:n]]
+        shown = [tokenizer.decode(ids) for ids in beginnings]
+        replies = generate_many(model, beginnings, cfg.block_size // 2, tokenizer.end, rng(cfg.seed), n)
+    for text, reply in zip(shown, replies):
         tqdm.write(f"    {text!r} -> {tokenizer.decode(reply)!r}")
 
 
@@ -105,9 +110,9 @@ def learn(model, batch, n, cfg, device):
     n is how many targets a batch has on average. Rows of one batch are of similar length: divided by the
     batch's own number of targets, a token of a short reply would weigh many times one of a long reply.
     """
-    total, size, mine = 0.0, cfg.microbatch or cfg.batch, batch[RANK::WORLD]
-    for i in range(0, len(mine), size):
-        nll = negative_log_likelihood(model, mine[i:i + size], device).sum()
+    total = 0.0
+    for examples in microbatches(batch, cfg.microbatch):
+        nll = negative_log_likelihood(model, examples, device).sum()
         (nll / n).backward()
         total += nll.item()
     return all_reduce_sum(total)[0] / count_targets(batch)
@@ -137,49 +142,37 @@ def main(cfg):
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} rows = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
-    run = Run(cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
+    run = Run(cfg, device)
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
-    say, seen = tqdm.write, 0
-    if not run.start and val:
-        nll, targets = validate(model, val, cfg, device)
-        say(f"before training: val_loss {nll / targets:.4f} (ln V = {math.log(model.cfg.vocab_size):.4f})")
-    clock = time.time()
+    elif val:
+        print(f"before training: val_loss {validate(model, val, cfg, device):.4f} "
+              f"(ln V = {math.log(model.cfg.vocab_size):.4f})")
     with run:
         for step in run.steps("sft"):
             batch = [train[i] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
             loss = learn(model, batch, n, cfg, device)
             lr = linear_lr(step, cfg)
             norm = optimizer.step(lr, cfg.grad_clip)
-            run.check_finite(step, loss=loss, grad_norm=norm)
-            seen += sum(len(idx) for idx, _ in batch)
+            run.end_step(sum(len(idx) for idx, _ in batch), loss=loss, grad_norm=norm)
 
-            done = step + 1
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                seconds = time.time() - run.clock
-                speed, clock, seen = seen / (time.time() - clock), time.time(), 0
-                say(f"step {done:5}/{cfg.steps} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e} | "
-                    f"{speed:,.0f} tok/s | {memory_gb(device):.2f} GB")
-                run.log(step=done, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, seconds=seconds,
-                        memory_gb=memory_gb(device))
-            if done % cfg.eval_every == 0 and done < cfg.steps:
+            if run.due("log"):
+                run.report(f"loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e}",
+                           loss=loss, grad_norm=norm, lr=lr)
+            if run.due("eval") and run.done < cfg.steps:
                 if val:
-                    nll, targets = validate(model, val, cfg, device)
-                    say(f"step {done:5}/{cfg.steps} | val_loss {nll / targets:.4f}")
-                    run.log(step=done, val_loss=nll / targets)
+                    run.report_evaluation(val_loss=validate(model, val, cfg, device))
                 print_samples(model, tokenizer, prompts, val, cfg)
-                clock, seen = time.time(), 0
-            if run.save_due(done):
-                run.save(done, *exported(model), optimizer=optimizer)
+            if run.due("save"):
+                run.save(*exported(model), optimizer=optimizer)
 
-    nll, targets = validate(model, val, cfg, device) if val else (None, None)
-    summary = {"val_loss": nll / targets if val else None,
-               **evaluate_replies(model, prompts, tokenizer, cfg)}
+    summary = {"val_loss": validate(model, val, cfg, device)}
+    summary |= measure_sets(prompts, partial(answer_prompts, model, tokenizer, cfg), tokenizer)
     if val_characters:
-        summary["val_loss_per_character"] = nll / val_characters
+        summary["val_loss_per_character"] = summary["val_loss"] * count_targets(val) / val_characters
     print_samples(model, tokenizer, prompts, val, cfg, n=8)
-    return run.finish(cfg.steps, **summary)
+    return run.finish(**summary)
 
 
 if __name__ == "__main__":

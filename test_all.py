@@ -45,7 +45,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import batches, hub, prepare, tokenizer
+from data import batches, dry_run, evaluation, hub, prepare, tokenizer
 from data import run as data_run
 from data.batches import pad, rng
 from data.tiny import make
@@ -143,17 +143,17 @@ def run_all(root, **changes):
     return {stage.__name__: run(stage, root, **changes)[0] for stage in (sft, reward, ppo)}
 
 def a_rollout(**changes):
-    """(cfg, models, batch, first_pass) of four small networks and real rollouts."""
+    """(cfg, models, batch) of four small networks and real rollouts."""
     models = ppo.Models(tiny(), tiny(), tiny(Scorer, seed=1), tiny(Scorer, seed=1))
     cfg = ppo.Config(**dict(batch=8, minibatch=4, max_new_tokens=10, temperature=1.0, epochs=1) | changes)
     rows = [{"ids": random_ids(3 + i, seed=i).tolist()} for i in range(8)]
-    return cfg, models, *ppo.rollout(0, rows, models, TINY, cfg, kl_coef=0.05)
+    return cfg, models, ppo.rollout(0, rows, models, TINY, cfg, kl_coef=0.05)
 
-def update(cfg, models, batch, first_pass=None, lr=1e-3, demonstrations=None, **changes):
+def update(cfg, models, batch, lr=1e-3, demonstrations=None, **changes):
     """-> statistics."""
     adams = {name: OffloadedAdamW(getattr(models, name).parameters(), lr, **changes)
              for name in ("actor", "critic")}
-    return ppo.update(0, batch, first_pass, models, adams, lr, demonstrations, cfg)
+    return ppo.update(0, batch, models, adams, lr, demonstrations, cfg)
 
 def values_of(net, idx):
     """A Scorer's number at each position."""
@@ -177,7 +177,7 @@ def gpt2():
 
 def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
-    cfg, models, batch, _, _ = a_rollout()
+    cfg, models, batch = a_rollout()
     statistics = update(cfg, models, batch)
     prompts, replies = batch["prompts"], batch["replies"]
     new, _ = m.policy_logprobs(tiny(), prompts, replies)
@@ -367,7 +367,7 @@ def test_bug_16_ptx_from_different_batches():
     demonstrations = [e for row in rows for e in tokenizer.encode_demonstration(row, TINY, 64)]
     losses, follows = [], lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
     for microbatch in (0, 2):
-        cfg, models, batch, _, _ = a_rollout()
+        cfg, models, batch = a_rollout()
         cfg = dataclasses.replace(cfg, ptx_coef=0.5, microbatch=microbatch)
         with mock.patch.object(ppo, "negative_log_likelihood", wraps=ppo.negative_log_likelihood) as spy:
             losses.append(update(cfg, models, batch, demonstrations=demonstrations)["ptx_loss"])
@@ -387,7 +387,7 @@ def test_bug_17_lora_that_reaches_only_the_head():
     assert len(matrices) == 2 * 4  # c_attn, c_proj, c_fc, c_proj in each of two blocks
     assert set(learns) == {name.replace("weight", ab) for name in matrices for ab in ("lora_a", "lora_b")}
     assert sum(p.numel() for p in learns.values()) == sum(3 * sum(p.shape) for p in matrices.values())
-    optimizer, before = m.make_optimizer(net, cfg), net(random_ids(1, 8))
+    optimizer, before = memory.make_optimizer(net, cfg), net(random_ids(1, 8))
     for _ in range(2):  # at the first step B is 0, so A's gradient is, too
         m.negative_log_likelihood(net, [([5, 6, 7], [6, 7, 8])], CPU).sum().backward()
         optimizer.step(0.1)
@@ -440,7 +440,7 @@ def test_bug_21_a_group_whose_scores_are_equal():
     cfg = dataclasses.replace(cfg, group=4, group_norm=True, missing_eos_penalty=0.0)
     rows = [{"ids": [5, 6 + i], "check": "-", "prompt": [user("?")]} for i in (0, 1) for _ in range(4)]
     models = models._replace(reference=tiny(seed=2), critic=None, reward_model=None)
-    batch, _, _ = ppo.rollout(0, rows, models, TINY, cfg, kl_coef=1e-3)
+    batch = ppo.rollout(0, rows, models, TINY, cfg, kl_coef=1e-3)
     assert batch["scores"].eq(0).all() and ppo.rollout_statistics(batch)["groups_without_signal"] == 1
     assert batch["advantages"].eq(0).all() and not batch["signal"].any()
     zeros = torch.zeros(1, 4)
@@ -498,7 +498,7 @@ def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
     # huggingface/trl#744 and #2042, unslothai/unsloth-zoo#830
     cfg, pairs = reward.Config(dpo=True, batch=2), [([5, 6], [7, 3], [8, 9, 3]), ([10], [11, 3], [12, 3])]
     net = tiny()
-    reference, adam = m.frozen_copy(net), OffloadedAdamW(net.parameters(), 1e-2)
+    reference, adam = memory.frozen_copy(net), OffloadedAdamW(net.parameters(), 1e-2)
     before, losses = weights_of(reference), []
     for _ in range(5):
         losses.append(reward.learn(net, pairs, cfg, reference)[0])
@@ -574,7 +574,7 @@ def test_streaming_changes_no_number():
         results = []
         for offload in ("none", "all"):
             net, cfg = tiny(), sft.Config(offload=offload, lora_rank=rank)
-            adam = m.make_optimizer(m.setup_training(net, cfg, CPU), cfg)
+            adam = memory.make_optimizer(m.setup_training(net, cfg, CPU), cfg)
             for step in range(3):
                 m.negative_log_likelihood(net, examples, CPU).sum().backward()
                 adam.step(1e-2, 1.0)
@@ -596,7 +596,7 @@ def test_lora_changes_nothing_at_first_and_merges_into_the_same_function(tmp_pat
                 p.normal_(generator=rng(0, name))
     assert apart(values_of(net, idx), before) > 0.1
     plain = tiny(Scorer, seed=5)
-    plain.load_state_dict(m.merged(net))  # strict: no adapters are left in it
+    plain.load_state_dict(m.exported(net)[1])  # strict: no adapters are left in it
     close(values_of(plain, idx), values_of(net, idx), 1e-4)
     save(tmp_path, net)
     close(values_of(m.load_model(tmp_path, Scorer), idx), values_of(net, idx), 1e-4)
@@ -770,7 +770,8 @@ def test_the_dry_run_agrees_with_the_bytes_counted_there(tmp_path):
             assert "update" in text
             COUNT = Count()
             with mock.patch.object(memory, "TRACKERS", [COUNT]), \
-                 mock.patch.multiple(ppo, generate=never_ends, load_model=reward_model):
+                 mock.patch.object(m, "generate", never_ends), \
+                 mock.patch.object(ppo, "load_model", reward_model):
                 stage.dry_iteration(cfg, torch.device("elsewhere:0"), torch.float32)
             for name, peak in dry["phases"].items():
                 ratio = peak["peak_device_bytes"] / COUNT.peaks[name]
@@ -882,13 +883,13 @@ def test_batches_cover_every_row_and_hold_similar_lengths():
 
 def test_results_come_back_in_the_order_of_the_rows():
     rows, seen = [[3, 3, 3], [1], [2, 2], [4, 4, 4, 4], [0]], []
-    def double(part, i):
-        seen.append((i, part))
-        return [2 * sum(row) for row in part]
+    def double(some):
+        seen.append(some)
+        return [2 * sum(row) for row in some]
     assert batches.map_by_length(double, rows, 2) == [18, 2, 8, 32, 0]
-    assert seen == [(0, [[1], [0]]), (2, [[2, 2], [3, 3, 3]]), (4, [[4, 4, 4, 4]])]
+    assert seen == [[[1], [0]], [[2, 2], [3, 3, 3]], [[4, 4, 4, 4]]]
     assert batches.map_by_length(double, rows, 2, length=lambda row: -row[0]) == [18, 2, 8, 32, 0]
-    assert seen[3] == (0, [[4, 4, 4, 4], [3, 3, 3]])
+    assert seen[3] == [[4, 4, 4, 4], [3, 3, 3]]
 
 
 # --- weights in ---------------------------------------------------------------------------------------------
@@ -1146,7 +1147,7 @@ def test_rows_that_branch_score_as_rows_of_their_own():
     arguments = batches.branching(groups, CPU)
     assert arguments["branch"].max() == 2 and len(arguments["idx"]) == 4  # they do branch
     assert arguments["idx"].numel() < 0.8 * pad([row for rows in groups for row in rows]).numel()
-    assert set(batches.branching([[[5, 6]], [[7]]], CPU)) == {"idx", "at"}  # nothing in common: rows alone
+    assert set(batches.branching([[[5, 6]], [[7]]], CPU)) == {"idx", "keep"}  # nothing in common: rows alone
     for changes in ({}, {"checkpoint": True}):
         grads = []
         for split in (False, True):
@@ -1167,11 +1168,11 @@ def test_rows_that_branch_learn_the_same_with_every_offload():
         for split in (False, True):
             cfg = reward.Config(batch=len(pairs), **changes)
             net = m.setup_training(tiny(Scorer), cfg, CPU)
-            adam = m.make_optimizer(net, cfg)
-            def alone(groups, device, wanted=None):
+            adam = memory.make_optimizer(net, cfg)
+            def alone(groups, device):
                 rows = [row for rows in groups for row in rows]
-                at = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
-                return {"idx": pad(rows), "at": tuple(at.T)}
+                keep = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
+                return {"idx": pad(rows), "keep": tuple(keep.T)}
             with mock.patch.object(m, "branching", alone if split else batches.branching):
                 reward.learn(net, [([], *pair) for pair in pairs], cfg)
             grads.append([master.grad for master in adam.masters])
@@ -1236,8 +1237,8 @@ def test_a_dry_run_counts_what_a_step_keeps_for_backward(tmp_path):
 def test_rows_that_branch_take_less_memory():
     peaks, prompt = [], list(range(200))
     for pair in ((prompt + [1] * 56, prompt + [2] * 56), ([1] * 256, [2] * 256)):
-        with memory.dry_run() as count:
-            net = tiny(Scorer, n_layer=3, n_positions=256).to(memory.DEVICE)
+        with dry_run.dry_run() as count:
+            net = tiny(Scorer, n_layer=3, n_positions=256).to(dry_run.DEVICE)
             count.phase("update")
             reward.learn(net, [([], *pair)] * 8, reward.Config(batch=8))
         peaks.append(count.phases["update"]["peak_device_bytes"])
@@ -1288,20 +1289,8 @@ def test_generation_ends_per_row_and_when_all_have_ended():
     cache = m.Cache(net.cfg, torch.arange(3), 8, net.wpe.weight)
     cache.kv.copy_(torch.randn(cache.kv.shape))
     want, place = cache.kv[:, :, [0, 2]].clone(), cache.kv.data_ptr()
-    cache.keep(torch.tensor([0, 2]))
+    cache.select(torch.tensor([0, 2]))
     assert torch.equal(cache.kv, want) and cache.kv.data_ptr() == place  # no second cache
-
-def test_matrices_prepacked_for_decoding_give_the_same_logits():
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        net, idx = tiny().to(dtype), random_ids(2, 5)
-        plain = net.logits(net(idx))
-        with m.prepacked(net, 2):
-            able = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-            if dtype == torch.bfloat16:  # needs a processor that has it
-                able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            assert (net.prepacked is not None) == able
-            close(net.logits(net(idx)), plain, tolerance)
-        assert torch.equal(net.logits(net(idx)), plain)
 
 def test_a_bfloat16_model_decodes_what_its_full_forward_says():
     net, prompt = tiny().to(torch.bfloat16), [5, 6, 7, 8]
@@ -1341,19 +1330,22 @@ def test_the_chat_answers_one_prompt(tmp_path):
     answer, text = quiet(m.main, cfg)
     assert answer in text
 
-def test_the_chat_keeps_turns_resets_saves_compares_and_stops_at_ctrl_c(tmp_path):
+def test_the_chat_keeps_turns_resets_compares_and_stops_at_ctrl_c(tmp_path):
     for name, net in (("a", tiny()), ("b", tiny(seed=1)), ("reward_model", tiny(Scorer))):
         save(tmp_path / name, net)
-    a, b, reward_model, saved = (str(tmp_path / name) for name in ("a", "b", "reward_model", "chat.json"))
+    a, b, reward_model = (str(tmp_path / name) for name in ("a", "b", "reward_model"))
     cfg = m.Config(model=a, compare=b, reward=reward_model, dtype="float32", device="cpu", max_new_tokens=8)
-    typed = ["Hi", "And?", f"/save {saved}", "/reset", "Bye", f"/save {tmp_path}/no/where", f"/save {saved}2",
-             EOFError]
-    with mock.patch("builtins.input", side_effect=typed):
+    seen = []
+    def speak(net, tokenizer, messages, *_):
+        seen.append([(turn["role"], turn["content"]) for turn in messages])
+        return "Yes."
+    with mock.patch("builtins.input", side_effect=["Hi", "And?", "/reset", "Bye", EOFError]), \
+         mock.patch.object(m, "reply", speak):
         _, text = quiet(m.main, cfg)
-    first, after = (json.loads(Path(file).read_text()) for file in (saved, f"{saved}2"))
-    assert [[turn["role"] for turn in dialogue] for dialogue in first] == [["user", "assistant"] * 2] * 2
-    assert [dialogue[0]["content"] for dialogue in after] == ["Bye", "Bye"]
-    assert text.count("(score ") == 6 and "could not be written" in text
+    first = [("user", "Hi")]
+    second = [*first, ("assistant", "Yes."), ("user", "And?")]
+    assert seen == [first] * 2 + [second] * 2 + [[("user", "Bye")]] * 2  # each of both models
+    assert text.count("(score ") == 6 and f"{b}: " in text
     def interrupted(*_, on_token):
         on_token(0, TINY.encode(" yes")[0])
         raise KeyboardInterrupt
@@ -1361,8 +1353,7 @@ def test_the_chat_keeps_turns_resets_saves_compares_and_stops_at_ctrl_c(tmp_path
         answer, _ = quiet(m.main, dataclasses.replace(cfg, compare="", reward="", prompt="Well?"))
     assert answer == " yes"
 
-
-def test_the_chat_forgets_whole_exchanges_oldest_first_and_says_so_once(tmp_path):
+def test_the_chat_forgets_whole_exchanges_oldest_first(tmp_path):
     save(tmp_path / "a", tiny())
     save(tmp_path / "r", tiny(Scorer, n_positions=40))
     cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=24)
@@ -1372,8 +1363,7 @@ def test_the_chat_forgets_whole_exchanges_oldest_first_and_says_so_once(tmp_path
         return []
     typed = [*(f"{i} is a number?" for i in range(8)), EOFError]
     with mock.patch("builtins.input", side_effect=typed), mock.patch.object(m, "generate", speak):
-        text = quiet(m.main, cfg)[1]
-    assert text.count("has outgrown the 40 tokens") == 1
+        quiet(m.main, cfg)
     for i, prompt in enumerate(asked):  # each begins with a whole question and holds all from there on
         first = int(prompt[0])
         assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 4)
@@ -1385,29 +1375,23 @@ def test_the_chat_forgets_whole_exchanges_oldest_first_and_says_so_once(tmp_path
     question = [user("x " * 99)]
     assert m.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
 
-def test_the_chat_survives_odd_bytes_and_a_save_that_fails(tmp_path):
+def test_the_chat_survives_odd_bytes_and_a_lost_terminal(tmp_path):
     save(tmp_path / "a", tiny())
-    saved = tmp_path / "chat.json"
     cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=3)
-    with mock.patch("builtins.input", side_effect=["caf\udce9", f"/save {saved}", OSError]):
+    with mock.patch("builtins.input", side_effect=["caf\udce9", OSError]), \
+         mock.patch.object(m, "reply", return_value="") as said:
         quiet(m.main, cfg)
-    whole = saved.read_text(encoding="utf-8")
-    assert json.loads(whole)[0][0]["content"] == "caf?"
-    full = mock.patch.object(m.os, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    typed = ["Hi", f"/save {saved}", f"/save {saved}/below", "/save \0", EOFError]
-    with full, mock.patch("builtins.input", side_effect=typed):
-        assert quiet(m.main, cfg)[1].count("could not be written") == 3
-    assert saved.read_text(encoding="utf-8") == whole and len(list(tmp_path.iterdir())) == 2
+    assert said.call_args.args[2][0]["content"] == "caf?"
     with mock.patch.object(sys, "stdin", None):
         refuses(lambda: m.main(cfg), "Standard input is closed", "--prompt")
 
 def test_a_check_is_matched_in_full_and_given_up_after_a_second():
     row = lambda check: {"prompt": [user("What?")], "check": check}
-    assert m.passes_check(row("red"), "red") and not m.passes_check(row("red"), "red or blue")
+    assert evaluation.passes_check(row("red"), "red") and not evaluation.passes_check(row("red"), "red or blue")
     errors, began, setitimer = io.StringIO(), time.time(), signal.setitimer
-    with mock.patch.object(data_run.signal, "setitimer", lambda which, s: setitimer(which, s / 10)):
+    with mock.patch.object(evaluation.signal, "setitimer", lambda which, s: setitimer(which, s / 10)):
         with contextlib.redirect_stderr(errors):
-            assert [m.passes_check(row(r"(?s)(.?.?)*\x00"), "x" * 60) for _ in range(2)] == [False] * 2
+            assert [evaluation.passes_check(row(r"(?s)(.?.?)*\x00"), "x" * 60) for _ in range(2)] == [False] * 2
     assert time.time() - began < 5 and errors.getvalue().count("(.?.?)*") == 1
     assert "'What?'" in errors.getvalue() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
@@ -1653,7 +1637,7 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
         "held out": 600, "new facts": make.SETS["new facts"], "outside": make.SETS["outside"]}
     for row in rows[::7]:
         for text in ("I do not care.", "", "Sure."):
-            assert not m.passes_check(row, text) and not m.passes_check(row, text, "right")
+            assert not evaluation.passes_check(row, text) and not evaluation.passes_check(row, text, "right")
     row = next(row for row in sets["new facts"] if row["skill"] == "sum")
     a, b = map(int, re.findall(r"(\d) plus (\d)", row["check"])[0])
     for text, right, good in ((f"Sure. That makes {a + b}.", 1, 1), (f"{a + b}", 1, 0),
@@ -1662,7 +1646,7 @@ def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
                               (f"Everybody knows that: {a + b}.", 1, 0), (f"Sure!! It is {a + b}!!", 1, 0),
                               (f"{a + b} plus {b} is 99.", 0, 0), (f"Sure. It is {a + b}, 4 or 7.", 0, 0),
                               (f"Sure. {b} plus {a} is {a + b}.", 1, 1)):
-        assert [m.passes_check(row, text, name) for name in ("right", "check")] == [right, good], text
+        assert [evaluation.passes_check(row, text, name) for name in ("right", "check")] == [right, good], text
     # no way to ask for a new fact, and no question about a new thing, occurs in training
     numbers = lambda row: sorted(re.findall(r"\d+", row["prompt"][-1]["content"]))
     trained = [numbers(row) for row in load("prompts")[0] if row["skill"] == "sum"]
@@ -1722,20 +1706,20 @@ def test_centring_sees_only_what_the_pair_has_in_common():
     slopes_agree(lambda x: reward.bradley_terry(x, rejected)[0], chosen)
 
 def test_calibration_and_ceiling_of_known_cases():
-    [(n, predicted, observed)] = reward.calibration(torch.tensor([3.0, 3.0, 3.0, -3.0]))
+    [(n, predicted, observed)] = evaluation.calibration(torch.tensor([3.0, 3.0, 3.0, -3.0]))
     assert (n, observed) == (4, 0.75)
     close(predicted, 1 / (1 + math.exp(-3)), 5e-6)
     fifths = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95])  # one confidence in each of five bins
-    bins = torch.tensor(reward.calibration(torch.cat([fifths.logit(), -fifths[:1].logit()])))
+    bins = torch.tensor(evaluation.calibration(torch.cat([fifths.logit(), -fifths[:1].logit()])))
     close(bins[:, 0], [2, 1, 1, 1, 1])
     close(bins[:, 1], fifths)
     close(bins[:, 2], [0.5, 1, 1, 1, 1])
     rows = [{"agreement": x, "skill": skill} for x, skill in ((0.9, "a"), (0.2, "a"), (0.7, "b"))] * 2
-    table = reward.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
+    table = evaluation.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
     assert table["a"] == (4, 1.0, 0.5)
     close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
-    assert reward.accuracy_table([{}], torch.ones(1))["all"][2] is None
-    assert reward.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
+    assert evaluation.accuracy_table([{}], torch.ones(1))["all"][2] is None
+    assert evaluation.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
 
 def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
     run_all(tmp_path)
@@ -1746,13 +1730,13 @@ def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path)
     run(sft, tmp_path)
     cfg, net = small(reward, tmp_path, microbatch=3, block_size=24), tiny(Scorer)
     said = [[7, TINY.end], [8, 9]]
-    def speak(policy, prompts, new, end, seed, batch):
+    def speak(policy, prompts, new, end, generator, batch):
         assert torch.equal(weights_of(policy), weights_of(m.load_model(cfg.init)))
         train = prepare.load(cfg.data, "prompts")[0][:4]
         assert prompts == [TINY.prompt(row["prompt"], 12) for row in train] and (new, batch) == (12, 3)
         assert any(len(TINY.prompt(row["prompt"], 99)) > 12 for row in train)
         return said * 2
-    with mock.patch.object(reward, "generate_many", speak):
+    with mock.patch.object(m, "generate_many", speak):
         got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
     prompts = [TINY.prompt(row["prompt"], 12) for row in prepare.load(cfg.data, "prompts")[0][:4]]
     scores = [values_of(net, torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
@@ -1803,9 +1787,13 @@ def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
     rows, replies = [{"ids": [5]}] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]]
     reward_model = mock.Mock(scores=lambda groups: torch.tensor([9.0, 3.0, -0.5]))
     scores = ppo.score_replies(reward_model, rows, replies, None)
-    for penalty, want in (1.0, [5.0, -1.5, -0.5]), (0.0, [5.0, 3.0, -0.5]):  # below every reply that ended
-        cfg = ppo.Config(score_clip=5.0, missing_eos_penalty=penalty)
-        assert ppo.clip_scores(scores, torch.tensor([True, False, True]), cfg).tolist() == want
+    for penalty, want in (1.0, [9.0, -1.5, -0.5]), (0.0, [9.0, 3.0, -0.5]):  # below every reply that ended
+        assert ppo.penalize_unended(scores, torch.tensor([True, False, True]), penalty).tolist() == want
+    cfg, models, _ = a_rollout(score_clip=2.0)
+    models = models._replace(reward_model=mock.Mock(scores=lambda groups: torch.full((len(groups),), 9.0)))
+    rows = [{"ids": [5 + i]} for i in range(8)]
+    scores = ppo.rollout(0, rows, models, TINY, cfg, 0.1)["scores"]
+    assert set(scores.tolist()) <= {2.0, 1.0}  # 9 is clipped to 2
 
 def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():
     x, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 5.0, 99.0, 99.0]]), torch.ones(2, 4).bool()
@@ -1835,7 +1823,7 @@ def test_adaptive_kl_moves_towards_its_target():
 def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
     ends = []
     for target_kl, allowed in ((0.02, None), (1e-9, None), (0.0, 100)):
-        cfg, models, batch, _, _ = a_rollout(epochs=50, target_kl=target_kl)
+        cfg, models, batch = a_rollout(epochs=50, target_kl=target_kl)
         before = weights_of(models.actor)
         with mock.patch.object(OffloadedAdamW, "step", autospec=True, side_effect=OffloadedAdamW.step) as spy:
             statistics = update(cfg, models, batch, lr=1e-3)
@@ -1848,51 +1836,38 @@ def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
 def test_micro_batches_do_not_change_ppos_update():
     after = []
     for microbatch in (0, 1):
-        cfg, models, batch, _, _ = a_rollout()
+        cfg, models, batch = a_rollout()
         cfg.microbatch = microbatch
         # eps is large, so that a step is as long as its gradient and does not blow up rounding errors
         update(cfg, models, batch, eps=1.0)
         after.append(weights_of(models.actor, models.critic))
     close(*after, 1e-7)
 
-def test_the_first_pass_over_a_whole_batch_is_the_scoring_pass():
-    ends, forwards = [], []
-    for microbatch in (0, 4):
-        cfg, models, batch, _, first_pass = a_rollout(minibatch=8, microbatch=microbatch, epochs=2)
-        with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
-            statistics = update(cfg, models, batch, first_pass, eps=1e-5, host=None)
-        assert (first_pass is None) == (microbatch > 0)
-        close(statistics["ratio_first"], 1, 5e-6)
-        forwards.append(spy.call_count)
-        ends.append(weights_of(models.actor, models.critic))
-    assert forwards == [2, 8]  # one epoch of two; two parts of two
-    close(*ends, 1e-4)
-
 def test_k1_and_policy_start_at_zero_distance():
-    _, _, batch, _, _ = a_rollout(temperature=0.7)
+    _, _, batch = a_rollout(temperature=0.7)
     assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
 
 def test_win_rate_counts_ties_as_half_and_its_interval_is_wilsons():
-    assert ppo.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))[0] == 0.625
+    assert evaluation.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))[0] == 0.625
     # 8 of 8 and 5 of 10, from Wilson's formula worked by hand
     for ours, *want in ([1.0] * 8, 1, 0.6756, 1), ([1.0] * 5 + [-1.0] * 5, 0.5, 0.2366, 0.7634):
-        close(torch.tensor(ppo.win_rate(torch.tensor(ours), torch.zeros(len(ours)))), want, 1e-4)
+        close(torch.tensor(evaluation.win_rate(torch.tensor(ours), torch.zeros(len(ours)))), want, 1e-4)
 
 def test_gold_counts_replies_that_match_in_full_and_end():
     say = lambda text, *last: [*TINY.encode(text), *last]
     rows = [{"check": "a+"}] * 5
     replies = [say("aa", TINY.end), say("ab", TINY.end), say("ba", TINY.end), say("aa"),
                say("a", TINY.user, TINY.end)]
-    assert [m.passes(row, reply, TINY) for row, reply in zip(rows, replies)] == [True] + [False] * 4
-    assert m.yardsticks(rows, replies, TINY) == {"right": None, "gold": 0.2}
-    assert m.yardsticks([*rows, {}], [*replies, replies[0]], TINY)["gold"] == 0.2  # a row without a check
+    assert [evaluation.passes(row, reply, TINY) for row, reply in zip(rows, replies)] == [True] + [False] * 4
+    assert evaluation.yardsticks(rows, replies, TINY) == {"right": None, "gold": 0.2}
+    assert evaluation.yardsticks([*rows, {}], [*replies, replies[0]], TINY)["gold"] == 0.2  # a row without a check
 
 def test_health_signs_are_named():
     healthy = dict(ratio_first=1.0, eos_rate=0.9, entropy=1.0, kl=2.0)
-    assert not list(ppo.health_warnings(healthy, torch.float32))
+    assert not list(evaluation.health_warnings(healthy, torch.float32))
     for name, value, word in (("ratio_first", 1.1, "ratio"), ("kl", -2.0, "below 0"), ("kl", 30.5, "KL"),
                               ("eos_rate", 0.0, "ended"), ("entropy", 0.0, "entropy")):
-        [complaint] = ppo.health_warnings(healthy | {name: value}, torch.float32)
+        [complaint] = evaluation.health_warnings(healthy | {name: value}, torch.float32)
         assert word in complaint
 
 
@@ -1947,8 +1922,8 @@ def test_trace_prints_a_rollout_token_by_token(tmp_path):
     assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
 
 def test_a_trace_shows_the_first_replys_numbers():
-    _, _, batch, _, _ = a_rollout()
-    _, text = quiet(ppo.trace, batch, TINY)
+    _, _, batch = a_rollout()
+    _, text = quiet(evaluation.trace, evaluation.token_table(batch, 0, TINY))
     head, *lines, last = text.splitlines()
     n = int(batch["mask"][0].sum())
     assert head.split() == "token logprob ref kl reward value return advantage".split() and len(lines) == n
@@ -1957,9 +1932,10 @@ def test_a_trace_shows_the_first_replys_numbers():
     assert last == f"score {batch['scores'][0].item():.3f}, paid on the last token"
 
 def test_a_table_of_tokens_names_each_of_a_reply():
-    _, _, batch, replies, _ = a_rollout()
-    batch["replies"][2] = [*replies[2][:-1], TINY.end]
-    table = ppo.token_table(batch, 2, TINY)
+    _, _, batch = a_rollout()
+    replies = batch["replies"]
+    replies[2][-1] = TINY.end
+    table = evaluation.token_table(batch, 2, TINY)
     assert table["tokens"] == [*(TINY.decode([t]) for t in replies[2][:-1]), "<|end|>"]
     assert {len(column) for column in table["columns"].values()} == {len(replies[2])}
     close(table["columns"]["kl"], batch["kl"][2][batch["mask"][2]], 1e-4)
@@ -2160,6 +2136,7 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
     with mock.patch.object(ppo, "evaluate", return_value=({}, {}, [])) as evaluate:
         run_and_resume(ppo, cfg, "update", 3)
     held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
+    held_out.sort(key=lambda prompt: len(TINY.prompt(prompt, 99)))
     assert [row["prompt"] for row in evaluate.call_args.args[1]["held out"]] == held_out
     actor, reference = (m.load_model(cfg.init) for _ in range(2))
     critic, reward_model = (m.load_model(cfg.reward, Scorer) for _ in range(2))
@@ -2284,7 +2261,7 @@ def test_the_evaluation_reports_known_replies_and_scores():
     after = [say(" yes"), say(" so"), say(" yes"), say(" yes")]
     tries = [say(" no"), say(" yes"), say(" so"), say(" so", words[" so"])]
     value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 1.0}
-    def speak(net, prompts, new, end, seed, batch, temperature):
+    def speak(net, prompts, new, end, generator, batch, temperature):
         assert (new, end, temperature) == (7, TINY.end, 0.5)
         assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
         return after if net is actor else before if len(prompts) == 4 else tries * 4
@@ -2303,7 +2280,7 @@ def test_the_evaluation_reports_known_replies_and_scores():
             table = (logits(net, ids) / 0.5).log_softmax(-1)
             kl += sign * sum(table[t - 1, ids[t]].item() for t in (2, 3)) / 4
     close(result.pop("kl"), kl, 1e-4)
-    rate, low, high = ppo.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
+    rate, low, high = evaluation.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
     want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 1.0, "win_rate": rate,
             "right_before": None, "right_after": None, "right_best_of_n": None,
             "win_rate_low": low, "win_rate_high": high, "score_before": (2 - 9 - 10 + 1) / 4,
@@ -2317,27 +2294,6 @@ def test_the_evaluation_reports_known_replies_and_scores():
         (result, *_), _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
                                {"held out": rows}, TINY, cfg)
     assert (result["gold_after"], result["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
-
-def test_rows_of_very_different_lengths_are_computed_in_quarters_and_give_the_same_gradients():
-    alike, ragged = [30] * 16, [10] * 12 + [60] * 4
-    for lengths, cfg, want in ((None, {}, 8), (alike, {}, 8), (ragged, {}, 2), (ragged, {"microbatch": 4}, 4),
-                               (ragged, {"minibatch": 6}, 6)):
-        batch = lengths and {"prompts": [[5] * (n - 2) for n in lengths], "replies": [[6, 7]] * 16}
-        assert ppo.microbatch_size(ppo.Config(**{"minibatch": 8} | cfg), batch) == want
-    prompts = [{"ids": random_ids(n, seed=i).tolist()} for i, n in enumerate((3, 3, 4, 4, 5, 5, 40, 48))]
-    cfg, models, *_ = a_rollout(minibatch=8)
-    batch, _, first_pass = ppo.rollout(0, prompts, models, TINY, cfg, 0.05)
-    grads, shapes = [], []
-    for cfg.microbatch in (0, 8):
-        with mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as spy:
-            ppo.ppo_gradients(batch, torch.randperm(8, generator=rng(0)), first_pass, models, True, cfg)
-        shapes.append([call.kwargs["idx"].shape[0] for call in spy.call_args_list])
-        grads.append(torch.cat([p.grad.flatten() for net in models[::2] for p in net.parameters()
-                                if p.grad is not None]))
-        for net in models:
-            net.zero_grad()
-    assert shapes == [[2] * 8, [8] * 2] and first_pass is None
-    close(*grads, 1e-5)
 
 def test_the_page_shows_the_runs_own_numbers(tmp_path):
     run_all(tmp_path)
@@ -2420,14 +2376,14 @@ def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
         {"prompt": [user("x")], "check": "yes", "set": "new"}, {"prompt": [user("y")]}]
     good, bad = [*TINY.encode("yes"), TINY.end], TINY.encode("oh yes")
     asked = []
-    def speak(net, prompts, new, end, seed, batch):
+    def speak(net, prompts, new, end, generator, batch):
         asked.append(prompts)
-        assert (new, seed, batch) == (24, 3, 8)
+        assert (new, batch) == (24, 8) and torch.equal(generator.get_state(), rng(3, "answers").get_state())
         return [good, bad, good][:len(prompts)]
-    cfg = sft.Config(block_size=48, seed=3, batch=2)
+    answer = partial(m.answer_prompts, tiny(), TINY, sft.Config(block_size=48, seed=3, batch=2))
     with mock.patch.object(m, "generate_many", speak):
-        found, text = quiet(m.evaluate_replies, tiny(), rows, TINY, cfg)
-        nothing, _ = quiet(m.evaluate_replies, tiny(), rows[4:], TINY, cfg)
+        found, text = quiet(evaluation.measure_sets, rows, answer, TINY)
+        nothing, _ = quiet(evaluation.measure_sets, rows[4:], answer, TINY)
     assert asked == [[TINY.prompt(row["prompt"], 24) for row in part] for part in (rows[:3], rows[3:4])]
     assert found == {"right": 1, "gold": 2 / 3} and nothing == {"right": None, "gold": None}
     assert "3 prompts, held out: 100 % right, 67 % gold\n1 prompts, new: 100 % gold" in text
@@ -2451,8 +2407,10 @@ def test_each_set_of_held_out_prompts_is_measured_apart(tmp_path):
     assert all(0 <= share <= 1 for share in found["blue things"].values())
 
 def test_rollouts_differ_from_step_to_step_and_steps_from_seed_to_seed():
-    draws = lambda step, seed: ppo.sample_replies(step, [[5, 6]] * 3, tiny(), TINY, ppo.Config(
-        seed=seed, max_new_tokens=5))
+    models = ppo.Models(tiny(), tiny(), None, None)
+    rows = [{"ids": [5, 6], "check": "-", "prompt": [user("?")]}] * 4
+    draws = lambda step, seed: ppo.rollout(step, rows, models, TINY, ppo.Config(
+        seed=seed, max_new_tokens=5, group=4), 0.1)["replies"]
     assert draws(0, 0) == draws(0, 0) != draws(1, 0) and draws(0, 0) != draws(0, 1)
 
 
@@ -2501,9 +2459,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 def test_a_second_ctrl_c_is_pythons_own(tmp_path):
     with quiet(data_run.Run, small(sft, tmp_path))[0] as running:
-        assert [running.save_due(step) for step in (1, 2, 5, 6)] == [False, True, False, True]
+        def due(what, done):
+            running.done = done
+            return running.due(what)
+        assert [due("save", done) for done in (1, 2, 5, 6)] == [False, True, False, True]
+        assert [due("eval", done) for done in (1, 3, 6)] == [False, True, True]
         signal.raise_signal(signal.SIGINT)
-        assert running.save_due(1)
+        assert due("save", 1) and not due("eval", 1)
         refuses(lambda: signal.raise_signal(signal.SIGINT), kind=KeyboardInterrupt)
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
@@ -2513,7 +2475,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     for where in ((torch, "save"), (hub, "write_safetensors")):
         with mock.patch.object(*where, side_effect=OSError(errno.ENOSPC, "No space left on device")):
             running, _ = quiet(data_run.Run, cfg)
-            refuses(lambda: running.save(6, *m.exported(tiny())), "No space left", "untouched", "--resume")
+            refuses(lambda: running.save(*m.exported(tiny())), "No space left", "untouched", "--resume")
     assert all(path.read_bytes() == data for path, data in files.items())
     torch.load(out / "state.pt", weights_only=True)
     assert not list(out.glob("*.tmp"))
@@ -2532,12 +2494,12 @@ def test_a_fresh_run_leaves_an_earlier_one_whole_until_it_saves(tmp_path):
     out, cfg = tmp_path / "out/sft", small(sft, tmp_path, steps=99)
     before = {name: (out / name).read_bytes() for name in ("state.pt", "log.jsonl", "model.safetensors")}
     running = data_run.Run(cfg)
-    running.log(step=1)
+    running.log(loss=1)
     assert before == {name: (out / name).read_bytes() for name in before}
     refuses(lambda: data_run.Run(dataclasses.replace(cfg, resume=True)), "--steps=6, not 99")
-    running.save(2, *m.exported(tiny()))
-    running.log(step=3)
-    assert log(out) == [{"step": 1}, {"step": 3}] and not (out / "log.jsonl.new").exists()
+    running.save(*m.exported(tiny()))
+    running.log(loss=3)
+    assert log(out) == [{"step": 0, "loss": 1}, {"step": 0, "loss": 3}] and not (out / "log.jsonl.new").exists()
     assert torch.load(out / "state.pt", weights_only=True)["log"] == running.lines[:1]
 
 def test_a_second_process_is_kept_out_of_the_folder_until_the_first_one_ends(tmp_path):
@@ -2604,7 +2566,7 @@ def test_bad_input_is_refused_with_a_remedy(tmp_path):
     parse = lambda: data_run.parse_flags(sft.Config, ["--weight-decay=1"])
     refuses(parse, "--weight-decay", "Did you mean --weight_decay")
     for stage, name, value, *fragments in (
-            (sft, "microbatch", 3, "--batch=8", "--microbatch=3"), (ppo, "minibatch", 3, "--minibatch=3"),
+            (ppo, "minibatch", 3, "--batch=8", "--minibatch=3"), (sft, "microbatch", -1, "--microbatch=-1"),
             (ppo, "minibatch", 0, "--minibatch=0"), (ppo, "clip", math.nan, "--clip=nan", "finite"),
             (ppo, "lam", 1.5, "--lam=1.5"), (sft, "lr", 0.0, "--lr=0"),
             (sft, "dtype", "half", "--dtype=half", "bfloat16"), (sft, "device", "warp", "--device=warp"),
@@ -2640,7 +2602,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_p
         function = getattr(stage, where)
         def overflows(*args):  # a finite loss whose gradient is not
             out = function(*args)
-            net = args[3].actor if stage is ppo else args[0]
+            net = args[2].actor if stage is ppo else args[0]
             first(net).accumulate_grad(torch.full_like(first(net), math.inf))
             return out
         with mock.patch.object(stage, where, overflows):
@@ -2673,8 +2635,8 @@ def test_without_a_reward_model_the_critic_starts_from_stage_1_and_predicts_0(tm
 def test_a_reply_may_hold_token_0():
     models = ppo.Models(tiny(), tiny(), tiny(Scorer), tiny(Scorer))
     cfg = ppo.Config(batch=2, minibatch=2, max_new_tokens=4)
-    with mock.patch.object(ppo, "generate", lambda *_, **__: [[0, 5, TINY.end], [0, TINY.end]]):
-        batch, _, _ = ppo.rollout(0, [{"ids": [7, 8]}, {"ids": [9]}], models, TINY, cfg, 0.05)
+    with mock.patch.object(m, "generate", lambda *_, **__: [[0, 5, TINY.end], [0, TINY.end]]):
+        batch = ppo.rollout(0, [{"ids": [7, 8]}, {"ids": [9, 8]}], models, TINY, cfg, 0.05)
     assert batch["mask"].sum(1).tolist() == [3, 2] and batch["logprobs"].count_nonzero() == 5
 
 def test_what_a_run_needs_at_its_end_is_checked_at_its_start(tmp_path):
@@ -2799,7 +2761,7 @@ def fuzz_flags():
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 cfg = data_run.parse_flags(stage.Config, argv)
-                quiet(ppo.check_ppo_flags if stage is ppo else data_run.check_flags, cfg)
+                quiet(data_run.check_flags, cfg)
                 quiet(data_run.pick_device, cfg.device, cfg.dtype)
         except SystemExit as error:
             assert error.code, argv
@@ -2886,7 +2848,8 @@ def test_what_does_not_divide_among_the_processes_is_refused(tmp_path):
 # --- the house ----------------------------------------------------------------------------------------------
 
 def test_imports_run_one_way_and_no_stage_imports_another():
-    house = "memory data.tokenizer data.hub data.batches data.run data.prepare model".split()
+    house = ("memory data.dry_run data.tokenizer data.hub data.batches data.run data.prepare data.evaluation "
+             "model").split()
     ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
     for i, name in enumerate([*house, "sft", "reward", "ppo"]):
         text = (ROOT / f"{name.replace('.', '/')}.py").read_text()

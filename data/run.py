@@ -11,16 +11,16 @@ import platform
 import re
 import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from data import hub
-from memory import (DEVICE, QUIET, RANK, WORLD, all_reduce_sum, dry_run, exit_distributed, init_distributed)
+from memory import QUIET, RANK, WORLD, all_reduce_sum
 
 
 # --- flags --------------------------------------------------------------------------------------------------
@@ -72,8 +72,7 @@ RULES = [  # flags, what their values have to pass, and the same in words
     ("offload", lambda x: x in ("none", "optimizer", "all"), "none, optimizer or all"),
     ("dtype", lambda x: x in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
 ]
-DIVISIONS = [("n_embd", "n_head"), ("batch", "minibatch"), ("batch", "microbatch"),
-             ("minibatch", "microbatch")]  # the first has to be a multiple of the second
+DIVISIONS = [("n_embd", "n_head"), ("batch", "minibatch")]  # the first has to be a multiple of the second
 
 
 def check_flags(cfg):
@@ -97,8 +96,24 @@ def check_flags(cfg):
                     f"--out={cfg.out} would overwrite --{name}.")
     require(WORLD == 1 or flags.get("offload") != "all" and not flags.get("dry_run"),
             "--offload=all and --dry_run are for one process; torchrun shards the weights instead.")
+    if "kl_coef" in flags:
+        check_ppo_flags(cfg)
     if "out" in flags and not RANK:
         lock_folder(cfg.out).close()  # what Run would refuse, but before the data are read
+
+
+def check_ppo_flags(cfg):
+    require(0 < cfg.max_new_tokens < cfg.block_size,
+            f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
+            f"--block_size={cfg.block_size}.")
+    require(cfg.kl_coef > 0 or not cfg.kl_target,
+            f"--kl_target={cfg.kl_target} multiplies --kl_coef={cfg.kl_coef}, which would stay 0.")
+    if cfg.group:
+        require(cfg.group > 1 and cfg.minibatch % cfg.group == 0,
+                f"--group={cfg.group}: two or more replies, and whole groups in --minibatch={cfg.minibatch}.")
+        require(cfg.gamma == 1, f"--gamma={cfg.gamma} discounts for a critic; with --group there is none.")
+    require(cfg.group or not cfg.group_norm, "--group_norm says how groups are compared: give --group=8.")
+    require(cfg.temperature > 0, f"--temperature={cfg.temperature}: above 0, a policy needs probabilities.")
 
 
 def linear_lr(step, cfg):
@@ -106,24 +121,40 @@ def linear_lr(step, cfg):
     return cfg.lr * min((step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.steps - cfg.warmup))
 
 
-@contextmanager
-def time_limit(seconds):
-    """TimeoutError inside after so long, by a signal: there is no limit on Windows, nor in a thread."""
-    def give_up(*_):
-        raise TimeoutError
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old_handler = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old_handler)
-
-
 # --- device -------------------------------------------------------------------------------------------------
+
+def init_distributed(kind):
+    """Join the other processes -> this process's device. Only the first process prints."""
+    if WORLD == 1:
+        return torch.device(kind)
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise SystemExit(f"torch {torch.__version__} is too old for several processes; 2.13 will do.")
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    sys.excepthook = _report_lost_process
+    return device
+
+
+def _report_lost_process(kind, error, trace):
+    """One line instead of a traceback when another process of the job has died."""
+    if not (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"process {RANK}: another process of this job has ended. The last good checkpoint is whole; the "
+          "same command with --resume goes on.", file=sys.stderr)
+
+
+def exit_distributed():
+    """The job is done: wait for the others, then exit at once. (In Python's ordinary exit gloo's threads
+    abort about one time in twenty.)"""
+    if WORLD > 1:
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
+
 
 def pick_device(device, dtype):
     """Two names, or "auto" -> (torch.device, torch.dtype); prints what it chose and why."""
@@ -173,19 +204,6 @@ def memory_gb(device):
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def run_dry(cfg, iteration):
-    """--dry_run: iteration(cfg, device, dtype) on tensors without data -> the count, which is also logged."""
-    with dry_run() as count:
-        iteration(cfg, DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
-    result = count.report()
-    if cfg.dtype == "auto":
-        print("--dtype=auto: weights are counted in bfloat16; for a processor without it use --dtype=float32")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.out) / "log.jsonl", "a") as f:  # an earlier run's log stays
-        print(json.dumps(result), file=f)
-    return result
 
 
 # --- log, checkpoint, resume --------------------------------------------------------------------------------
@@ -256,13 +274,22 @@ class Run:
     states, as every draw is a function of the seed and the step. Of many processes only the first one writes.
     An earlier run's files stay until the first save(); until then the log is log.jsonl.new.
 
-    with Run(cfg) as run: Ctrl-C lets the step finish; save_due() is then true, and save() ends the run.
+        with Run(cfg, device) as run:                    # Ctrl-C lets the step finish, saves, ends the run
+            for step in run.steps("sft"):
+                ...
+                run.end_step(tokens, loss=loss)          # stops here where loss is not finite
+                if run.due("log"):
+                    run.report(f"loss {loss:.4f}", loss=loss)
+                if run.due("save"):
+                    run.save(config, tensors, optimizer=optimizer)
+        return run.finish(val_loss=val_loss)
     """
-    def __init__(self, cfg):
-        self.cfg, self.out, self.clock = dataclasses.asdict(cfg), Path(cfg.out), time.time()
+    def __init__(self, cfg, device=torch.device("cpu")):
+        self.cfg, self.device, self.out = dataclasses.asdict(cfg), device, Path(cfg.out)
         self.lock = None if RANK else lock_folder(self.out)
         self.inputs = {} if RANK else input_digests(self.cfg)
-        self.state, self.start, self.lines, self.ctrl_c, self.stop = None, 0, [], False, False
+        self.state, self.start, self.lines = None, 0, []
+        self.ctrl_c, self.stop = False, False
         path = self.out / "state.pt"
         if cfg.resume and path.exists():
             self.state = read_state(path, self.cfg, self.inputs)
@@ -270,6 +297,8 @@ class Run:
             print(f"resuming {self.out} after step {self.start}")
         elif cfg.resume:
             print(f"nothing to resume in {self.out}: starting at step 0")
+        self.done = self.start  # steps
+        self.clock, self.tokens, self.busy = time.time(), 0, 0.0  # of the steps since the last report
         self.log_path = self.out / ("log.jsonl.new" if path.exists() and not self.state else "log.jsonl")
         if not RANK:
             hub.write_file(self.log_path, lambda path: path.write_text("".join(self.lines)))
@@ -292,19 +321,46 @@ class Run:
             signal.signal(signal.SIGINT, self.old_handler)
 
     def steps(self, name):
-        """The steps that are left, with a progress bar in a terminal."""
+        """The steps that are left, counted from 0, with a progress bar in a terminal."""
         total = self.cfg["steps"]
-        return tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET)
+        for step in tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET):
+            self.began = time.time()
+            yield step
 
-    def check_finite(self, step, **numbers):
-        """Stop, before anything is saved, if a loss or a gradient's norm is not a number. (With such a norm
-        OffloadedAdamW.step changes no weight.)"""
+    def end_step(self, tokens, **numbers):
+        """The step is over, it had so many tokens. If a loss or a gradient's norm is not a number, stop
+        before anything is saved. (With such a norm OffloadedAdamW.step changes no weight.)"""
+        self.done += 1
         for name, value in numbers.items():
-            require(math.isfinite(value), f"step {step + 1}: {name} is {value}. Lower --lr or raise "
+            require(math.isfinite(value), f"step {self.done}: {name} is {value}. Lower --lr or raise "
                                           f"--warmup. {self.out} keeps the last good checkpoint.")
+        self.tokens += tokens
+        self.busy += time.time() - self.began
+
+    def due(self, what):
+        """Is it time to "log", "eval" or "save"? The last step is always logged and saved; a Ctrl-C in any
+        process asks for a save, which then ends the run."""
+        if what == "save":
+            self.stop = all_reduce_sum(self.ctrl_c)[0] > 0
+        last = what != "eval" and self.done == self.cfg["steps"]
+        return last or self.done % self.cfg[f"{what}_every"] == 0 or what == "save" and self.stop
+
+    def report(self, line, **numbers):
+        """Print the line and log the numbers, with the speed of the steps since the last report."""
+        numbers |= {"tokens_per_s": self.tokens / max(self.busy, 1e-9), "seconds": time.time() - self.clock,
+                    "memory_gb": memory_gb(self.device)}
+        self.tokens, self.busy = 0, 0.0
+        tqdm.write(f"step {self.done:5}/{self.cfg['steps']} | {line} | "
+                   f"{numbers['tokens_per_s']:,.0f} tok/s | {numbers['memory_gb']:.2f} GB")
+        self.log(**numbers)
+
+    def report_evaluation(self, **numbers):
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        tqdm.write(f"step {self.done:5}/{self.cfg['steps']} | {shown}")
+        self.log(**numbers)
 
     def log(self, **numbers):
-        self.lines.append(json.dumps(numbers) + "\n")
+        self.lines.append(json.dumps({"step": self.done} | numbers) + "\n")
         if RANK:
             return
         try:
@@ -314,18 +370,13 @@ class Run:
             raise SystemExit(f"{self.log_path}: could not be written ({error}). The last good "
                              "checkpoint is untouched; free some space and go on with --resume.") from None
 
-    def save_due(self, step):
-        """After `step` steps: is it time, or has any process got a Ctrl-C?"""
-        self.stop = all_reduce_sum(self.ctrl_c)[0] > 0
-        return step % self.cfg["save_every"] == 0 or step == self.cfg["steps"] or self.stop
-
-    def save(self, step, config, tensors, **state):
+    def save(self, config, tensors, **state):
         """config, tensors: the model, as hub.write takes it. state: what else a resume needs, optimizers or
         plain values. state.pt is written first: the model can be made from it, not the other way round."""
         # all processes ask, for a sharded state_dict() is put together from all of them
         state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
         if not RANK:
-            state |= {"step": step, "cfg": self.cfg, "log": self.lines, "inputs": self.inputs}
+            state |= {"step": self.done, "cfg": self.cfg, "log": self.lines, "inputs": self.inputs}
             hub.write_file(self.out / "state.pt", lambda path: torch.save(state, path))
             if self.log_path.suffix == ".new":
                 self.log_path = self.log_path.replace(self.out / "log.jsonl")
@@ -336,11 +387,11 @@ class Run:
         if not RANK:
             hub.write(self.out, config, tensors)
 
-    def finish(self, step, **summary):
+    def finish(self, **summary):
         """Print the summary, make it the log's last line and return it. (Under torchrun: exit.)"""
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
         print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
-        self.log(step=step, **summary, final=True)
+        self.log(**summary, final=True)
         if self.lock:
             self.lock.close()
         exit_distributed()

@@ -32,16 +32,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import memory
+import model
 import ppo
 import reward
 import sft
+from data import dry_run
 from data.batches import rng
+from data.evaluation import calibration, passes, yardsticks
 from data.prepare import by_set, load
 from data.run import memory_gb, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
-                   passes, score_dialogue, yardsticks)
+                   score_dialogue)
 
 # --- speed --------------------------------------------------------------------------------------------------
 
@@ -128,15 +131,14 @@ def bench_workload(name, size, dtype_name):
         adams = {name: OffloadedAdamW(getattr(models, name).parameters(), 1e-5, host=host)
                  for name in ("actor", "critic")}
         tokens = B * (P + N)
-        # forward passes of one network; a step that is the whole rollout reuses two of scoring's
-        passes = 4 + 6 * epochs - 2 * (minibatch == B)
-        flops = 2 * tokens * (weights + passes * (weights - head)) + passes * B * N * head
+        forwards = 4 + 6 * epochs  # of one network; a backward pass counts as two
+        flops = 2 * tokens * (weights + forwards * (weights - head)) + forwards * B * N * head
         memory.TRACKERS.append(watch)
 
         def run():
             rows = [{"ids": row} for row in ids(B, P)]
-            batch, _, first_pass = ppo.rollout(0, rows, models, SimpleNamespace(end=-1), cfg, 0.05)
-            ppo.update(0, batch, first_pass, models, adams, 1e-5, None, cfg)
+            batch = ppo.rollout(0, rows, models, SimpleNamespace(end=-1), cfg, 0.05)
+            ppo.update(0, batch, models, adams, 1e-5, None, cfg)
             watch.phase("rest")
     seconds = median_seconds(run, *repeat)
     for phase, each in watch.seconds.items():
@@ -266,8 +268,8 @@ def peaks(setting, k):
     def last_tokens(net, prompts, n, *rest, **more):
         replies = generate(net, [prompt + [0] * (n - 2) for prompt in prompts], 2, *rest, **more)
         return [[0] * (n - 2) + reply for reply in replies]
-    with memory.dry_run() as count, mock.patch.object(ppo, "generate", last_tokens):
-        ppo.dry_iteration(cfg, memory.DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
+    with dry_run.dry_run() as count, mock.patch.object(model, "generate", last_tokens):
+        ppo.dry_iteration(cfg, dry_run.DEVICE, torch.float32 if cfg.dtype == "float32" else torch.bfloat16)
     phases = [peak for name, peak in count.phases.items() if name != "setup"]
     return tuple(max(peak[f"peak_{side}_bytes"] for peak in phases) / 2**30 for side in ("device", "host"))
 
@@ -294,7 +296,7 @@ def answers(folder, dialogues, seed, temperature):
     net = load_model(folder, GPT, *pick_device("auto", "auto"))
     tokenizer, new = Tokenizer(net.cfg.tokenizer), net.cfg.n_positions // 2
     prompts = [tokenizer.prompt(last_exchanges(d, tokenizer, new), new) for d in dialogues]
-    return generate_many(net, prompts, new, tokenizer.end, seed, 100, temperature), tokenizer
+    return generate_many(net, prompts, new, tokenizer.end, rng(seed), 100, temperature), tokenizer
 
 
 @torch.no_grad()
@@ -367,12 +369,11 @@ def own_replies(policy, judge, out, n=4):
     pairs of a good one and one that is not, by confidence: a log for docs/view.py calibration."""
     (models, sets, tokenizer, cfg), n = held_out(policy, judge), int(n)
     rows = [row for row in sets["held out"] for _ in range(n)]
-    replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
-                                             tokenizer, cfg, 0)
+    replies, scores, _ = ppo.evaluate_policy(models.actor, models, rows, tokenizer, cfg, 0)
     good = torch.tensor([passes(*pair, tokenizer) for pair in zip(rows, replies)]).view(-1, n)
     better = good[:, :, None] & ~good[:, None]  # (prompts, n, n): is i good and j not?
     margin = (scores.view(-1, n, 1) - scores.view(-1, 1, n))[better]
-    bins = reward.calibration(margin)
+    bins = calibration(margin)
     for pairs, sure, right in bins:
         print(f"{out}: {sure:.2f} sure, right in {right:.2f} of {pairs} pairs")
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -384,8 +385,7 @@ def best_of(sft, reward, out, most=64):
     score and KL over n. KL from stage 1: log n - (n - 1) / n, Stiennon et al. 2020, appendix G.3."""
     (models, sets, tokenizer, cfg), most = held_out(sft, reward), int(most)
     rows = [row for row in sets["held out"] for _ in range(most)]
-    replies, scores, _ = ppo.evaluate_policy(models.actor, models.reference, models.reward_model, rows,
-                                             tokenizer, cfg, 0)
+    replies, scores, _ = ppo.evaluate_policy(models.actor, models, rows, tokenizer, cfg, 0)
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / "log.jsonl", "w") as file:
         for n in (2 ** k for k in range(most.bit_length())):

@@ -49,7 +49,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import hub
+from data import dry_run, hub
 from data.batches import rng
 from data.run import require
 
@@ -314,7 +314,7 @@ def stream():
         if offload == "all":
             for block in net.h:
                 block.register_forward_pre_hook(lambda *_: delays.sleep(delays.compute))
-        return net, m.make_optimizer(net, cfg)
+        return net, memory.make_optimizer(net, cfg)
 
     def result(net, adam, step):
         losses = []
@@ -400,8 +400,8 @@ def memory_peaks():
         # as in the dry run, every reply has its full length
         endless = lambda net, prompts, n, end, *rest, **more: generate(net, prompts, n, -1, *rest, **more)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), memory.dry_run() as count:
-                stage.dry_iteration(cfg, memory.DEVICE, dtype)
+            with contextlib.redirect_stdout(io.StringIO()), dry_run.dry_run() as count:
+                stage.dry_iteration(cfg, dry_run.DEVICE, dtype)
             if CUDA:
                 torch.cuda.reset_peak_host_memory_stats()
             with contextlib.redirect_stdout(io.StringIO()), Tracker() as tracker, \
@@ -484,7 +484,7 @@ def repeat():
     def weights_after(T, offload):
         cfg = sft.Config(batch=8, offload=offload)
         net = m.setup_training(copy.deepcopy(base), cfg, DEVICE)
-        adam = m.make_optimizer(net, cfg)
+        adam = memory.make_optimizer(net, cfg)
         for step in range(2 if SMOKE else 5):
             sft.learn(net, examples(8, T, seed=step), 8 * T, cfg, DEVICE)
             adam.step(1e-3, 1.0)
@@ -572,7 +572,7 @@ def train():
         forget_peaks()
         cfg = sft.Config(batch=B, **flags)
         net = m.setup_training(network(dtype=dtype), cfg, DEVICE)
-        adam, weights = m.make_optimizer(net, cfg), sum(p.numel() for p in net.parameters())
+        adam, weights = memory.make_optimizer(net, cfg), sum(p.numel() for p in net.parameters())
         seconds = median_seconds(lambda: (sft.learn(net, batch, B * T, cfg, DEVICE), adam.step(1e-5, 1.0)))
         say(f"ours, {name}: {B * T / seconds:,.0f} tok/s, {1000 * seconds:.0f} ms, "
             f"{6 * weights * B * T / seconds / 1e12:.0f} TFLOP/s, "
@@ -599,7 +599,7 @@ def train():
 
 def four_models(cfg):
     actor, critic = (m.setup_training(network(cls), cfg, DEVICE) for cls in (m.GPT, m.Scorer))
-    models = ppo.Models(actor, m.frozen_copy(actor), critic, m.frozen_copy(critic))
+    models = ppo.Models(actor, memory.frozen_copy(actor), critic, memory.frozen_copy(critic))
     return models, ppo.make_optimizers(models, cfg)
 
 
@@ -612,7 +612,7 @@ def ppo_speed():
     cudnn_attention(False)
     B, N, minibatch, microbatch = (4, 6, 2, 1) if SMOKE else (128, 64, 32, 8)
     offloaded = {"offload": "optimizer", "microbatch": microbatch}
-    for name, flags in (("plain", {}), ("offload=optimizer", offloaded)):
+    for name, flags in (("plain", {"microbatch": 0}), ("offload=optimizer", offloaded)):
         if not enough_time(15, name):
             continue
         cfg = ppo.Config(batch=B, minibatch=minibatch, max_new_tokens=N, block_size=2 * N, temperature=1.0,
@@ -620,8 +620,8 @@ def ppo_speed():
         with Tracker() as tracker:
             models, adams = four_models(cfg)
             for step in range(1 if SMOKE else 4):
-                batch, _, first_pass = roll_out(models, cfg, step)
-                log = ppo.update(step, batch, first_pass, models, adams, 1e-6, None, cfg)
+                batch = roll_out(models, cfg, step)
+                log = ppo.update(step, batch, models, adams, 1e-6, None, cfg)
                 tracker.phase("rest")
                 if time_left() < 8:
                     break
@@ -632,7 +632,7 @@ def ppo_speed():
             + ", ".join(f"{phase} {x:.2f}" for phase, x in seconds.items())
             + f"), peak {max(tracker.peaks.values()) / 2**30:.2f} GiB")
         check(off < 0.01, f"{name}: the last rollout's first ratio is {off:.1e} off 1")
-        del models, adams, batch, first_pass
+        del models, adams, batch
 
 
 def syncs():
@@ -644,12 +644,12 @@ def syncs():
     ppo_cfg = ppo.Config(batch=8, minibatch=4, max_new_tokens=N, block_size=P + N, epochs=1,
                          target_kl=0.0)
     net, batch, (models, adams) = network().to(DEVICE), examples(8, P), four_models(ppo_cfg)
-    adam, rolled = m.make_optimizer(net, cfg), roll_out(models, ppo_cfg)
+    adam, rolled = memory.make_optimizer(net, cfg), roll_out(models, ppo_cfg)
     calls = (("generate, a token", N, lambda: m.generate(net, ids(8, P), N, -1)),
              ("an SFT step", 1, lambda: (sft.learn(net, batch, 8 * P, cfg, DEVICE), adam.step(1e-6, 1.0))),
              (f"ppo.rollout, {N} tokens and the scoring", 1, lambda: roll_out(models, ppo_cfg)),
              ("ppo.update, a gradient step", 2,
-              lambda: ppo.update(0, rolled[0], rolled[2], models, adams, 1e-6, None, ppo_cfg)))
+              lambda: ppo.update(0, rolled, models, adams, 1e-6, None, ppo_cfg)))
     for name, per, call in calls:
         call()
         synchronize()
