@@ -285,17 +285,17 @@ class OffloadedAdamW:
         self._update_weights()
 
 
-def make_optimizer(model, cfg, **kwargs):
-    """AdamW for what of the model is trained, its 32-bit state where --offload says."""
-    host = None if cfg.offload == "none" else "cpu"
-    return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
-
-
 def grad_hook(p, leaf):
     """The gradient of p has arrived at `leaf` (p itself, or its copy on the device): pass it on, free it."""
     if leaf.grad is not None:  # None: lookup or token_logprobs took it
         p.accumulate_grad(leaf.grad)
         leaf.grad = None
+
+
+def make_optimizer(model, cfg, **kwargs):
+    """AdamW for what of the model is trained, its 32-bit state where --offload says."""
+    host = None if cfg.offload == "none" else "cpu"
+    return OffloadedAdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, host=host, **kwargs)
 
 
 # --- streaming: a block's weights are on the device only while it computes ----------------------------------

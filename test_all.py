@@ -31,7 +31,7 @@ import tracemalloc
 import unittest
 import weakref
 from collections import Counter
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -172,23 +172,21 @@ def gpt2():
 
 
 # --- the real bugs of others, numbered as in the list of known bugs -----------------------------------------
-
 # Each test runs the production code, then the mistake in a line or two, and shows that it tells them apart.
 
 def test_bug_01_ratio_is_not_one_on_the_first_minibatch():
     # huggingface/trl#454, jingyaogong/minimind#814, DeepSpeed-Chat's README
     cfg, models, batch = a_rollout()
-    statistics = update(cfg, models, batch)
-    prompts, replies = batch["prompts"], batch["replies"]
-    new, _ = m.policy_logprobs(tiny(), prompts, replies)
-    assert statistics["ratio_first"] == 1.0 and torch.equal(new, batch["logprobs"])
-    states, targets = m.reply_states(tiny(), prompts, replies), torch.tensor(sum(replies, []))
-    dropped = F.dropout(states, 0.1)[:len(targets)]  # the mistake
-    old, _ = token_logprobs(dropped, models.actor.wte.weight, targets)
+    assert update(cfg, models, batch)["ratio_first"] == 1.0
+    actor, prompts, replies = tiny(), batch["prompts"], batch["replies"]  # before the update
+    new, _ = m.policy_logprobs(actor, prompts, replies)
+    assert torch.equal(new, batch["logprobs"])
+    targets = torch.tensor(sum(replies, []))
+    dropped = F.dropout(m.reply_states(actor, prompts, replies), 0.1)[:len(targets)]  # the mistake
+    old, _ = token_logprobs(dropped, actor.wte.weight, targets)
     assert ((new[batch["mask"]] - old).exp() - 1).abs().max() > 0.01
 
-def test_bug_02_padding_shifts_positions():
-    # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
+def test_bug_02_padding_shifts_positions():  # CarperAI/trlx#509, OpenRLHF/OpenRLHF#217, nnsight#672
     net, prompts = tiny(), [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
     assert greedy(net, prompts, 8) == [greedy(net, [p], 8)[0] for p in prompts]
     padded, plain = (logits(net, ids)[-1].softmax(-1) for ids in ([0, 0, 0, 0, 11, 12], [11, 12]))
@@ -196,13 +194,11 @@ def test_bug_02_padding_shifts_positions():
 
 def test_bug_03_sampling_distribution_is_not_the_logprob_distribution():
     # minChatGPT (top-k), minimind (temperature)
-    net, prompt, n = tiny(spread=0.1), [5, 6, 7], 4000
-    replies = generate(net, [prompt] * n, 1, end=-1, temperature=0.6, generator=rng(0))
+    net, prompt, tokens = tiny(spread=0.1), [5, 6, 7], [[i] for i in range(TINY.vocab_size)]
+    replies = generate(net, [prompt] * 4000, 1, end=-1, temperature=0.6, generator=rng(0))
     def entropies(temperature):  # of the samples, and of the distribution
-        _, exact = m.policy_logprobs(net, [prompt], replies[:1], temperature, entropy=True)
-        sampled = [m.policy_logprobs(net, [prompt] * 100, replies[i:i + 100], temperature)[0].sum()
-                   for i in range(0, n, 100)]
-        return -sum(sampled) / n, exact.sum()
+        logprobs, exact = m.policy_logprobs(net, [prompt] * len(tokens), tokens, temperature, entropy=True)
+        return -logprobs[torch.tensor(replies)].mean(), exact[0, 0]
     close(*entropies(0.6), 0.05)
     assert apart(*entropies(1.0)) > 0.15  # the mistake
 
@@ -216,8 +212,7 @@ def test_bug_04_kl_with_the_wrong_sign_or_partner():
     close((p.exp() * ppo.k3(p, q)).sum(), exact, 5e-5)
     assert apart((p.exp() * ppo.k3(q, p)).sum(), exact) > 0.01  # the mistake: swapped
 
-def test_bug_05_padding_leaks_into_returns():
-    # natolambert/rlhf-book#216
+def test_bug_05_padding_leaks_into_returns():  # natolambert/rlhf-book#216
     values, rewards, logprobs = torch.randn(3, 3, 6, generator=rng(0))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
     poison, gae = torch.where(mask, 0.0, 1e6), lambda values: ppo.gae(rewards * mask, values, mask, 1.0, 0.95)
@@ -225,42 +220,35 @@ def test_bug_05_padding_leaks_into_returns():
     white = ppo.whiten(clean, mask)
     assert torch.equal(gae(values + poison) * mask, clean)
     close(ppo.whiten(clean + poison, mask), white)
-    close(white[mask].mean(), 0, 5e-6)
-    close(white[mask].std(unbiased=False), 1, 5e-5)
+    close([white[mask].mean(), white[mask].std(unbiased=False)], [0, 1], 5e-6)
     assert apart(((clean - clean.mean()) / clean.std())[mask], white[mask]) > 0.1  # the mistake
     for loss in (lambda x: ppo.policy_loss(x, x.detach() * 0.9, white, mask, 0.2)[0],
                  lambda x: ppo.value_loss(x, x.detach() * 0.9, clean, mask, 0.2)):
         close(loss(logprobs), loss(torch.where(mask, logprobs, 7.0)))
 
-def test_bug_06_the_score_lands_on_the_first_pad():
-    # huggingface/trl#3750, microsoft/DeepSpeedExamples#672
-    end = TINY.end
-    rows, replies = [{"ids": [5, 6]}, {"ids": [7]}], [[8, end], [9, 10, 11, end]]
-    mask = ppo.as_batch(rows, replies, end, CPU)["mask"]
+def test_bug_06_the_score_lands_on_the_first_pad():  # huggingface/trl#3750, microsoft/DeepSpeedExamples#672
+    rows, replies = [{"ids": [5, 6]}, {"ids": [7]}], [[8, TINY.end], [9, 10, 11, TINY.end]]
+    mask = ppo.as_batch(rows, replies, TINY.end, CPU)["mask"]
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
-    zeros, wrong = torch.zeros(2, *mask.shape)
+    zeros = torch.zeros(mask.shape)
     rewards = ppo.token_rewards(torch.tensor([1.0, 2.0]), zeros, zeros, mask, 0.1)
-    token = lambda x: [reply[int(row.argmax())] for reply, row in zip(replies, x)]
-    assert token(rewards) == [end, end] and (rewards != 0).sum() == 2
-    wrong[:, -1] = 1.0  # the mistake: the last column, whatever stands there
-    assert (wrong * ~mask).sum() == 1
+    assert rewards.tolist() == [[0, 1, 0, 0], [0, 0, 0, 2]]  # where each reply's `end` stands
+    assert mask[:, -1].tolist() == [False, True]  # the mistake: the last column, whatever stands there
 
-def test_bug_07_the_reward_model_reads_prompt_and_padding():
-    # Colossal-AI until 7b9b86441; ColossalAI#4475
+def test_bug_07_the_reward_model_reads_prompt_and_padding():  # Colossal-AI until 7b9b86441; ColossalAI#4475
     net, rows = tiny(Scorer), [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     scores, values = net.scores([[row] for row in rows]), values_of(net, pad(rows))
     close(scores, torch.cat([net.scores([[row]]) for row in rows]))
     close(scores, values[[0, 1], [2, 5]])
     assert apart(values.mean(1), scores) > 0.01  # the mistake
 
-def test_bug_08_the_prompt_mask_is_lost_on_the_way_to_the_loss():
-    # karpathy/nanochat#570
+def test_bug_08_the_prompt_mask_is_lost_on_the_way_to_the_loss():  # karpathy/nanochat#570
     row = {"messages": [user("What is 2 plus 3?"), assistant("5."), user("And 1 plus 1?"), assistant("2.")]}
     net, [(idx, targets)] = tiny(), tokenizer.encode_demonstration(row, TINY, 64)
-    n, loss = tokenizer.count_targets([(idx, targets)]), m.negative_log_likelihood(net, [(idx, targets)], CPU)
-    loss = loss.sum()
+    loss = m.negative_log_likelihood(net, [(idx, targets)], CPU).sum()
     spoken = [*TINY.encode("5."), TINY.end, *TINY.encode("2."), TINY.end]
-    assert [t for t in targets if t >= 0] == spoken and n == len(spoken)
+    assert [t for t in targets if t >= 0] == spoken
+    assert tokenizer.count_targets([(idx, targets)]) == len(spoken)
     every = F.cross_entropy(logits(net, idx), torch.tensor([*idx[1:], TINY.end]), reduction="none")
     close(loss, every[torch.tensor(targets) >= 0].sum(), 5e-4)
     assert every.sum() - loss > 1  # the mistake: all tokens count
@@ -269,23 +257,18 @@ def test_bug_09_an_all_masked_batch_gives_nan():
     # karpathy/nanochat#590; Colossal-AI's labels[-0:], fixed in c5239840e
     x, nothing, net = torch.ones(4), torch.zeros(4, dtype=torch.bool), tiny()
     assert ((x * nothing).sum() / nothing.sum()).isnan()  # the mistake
+    assert ppo.masked_mean(x, nothing) == 0 and ppo.masked_mean(3 * x, torch.arange(4) == 2) == 3
     loss = m.negative_log_likelihood(net, [([5, 6], [-1, -1])], CPU).sum()
     loss.backward()
-    assert (ppo.masked_mean(x, nothing), loss) == (0, 0)
-    assert ppo.masked_mean(3 * x, torch.arange(4) == 2) == 3  # of one
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+    assert loss == 0 and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
-def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop():
-    # huggingface/trl#1623
-    row, end = {"messages": [user("Hi"), assistant("Hello.")]}, TINY.end
-    [(_, targets)] = tokenizer.encode_demonstration(row, TINY, 64)
-    batch = ppo.as_batch([{"ids": [5]}], [[6, end]], end, CPU)
-    assert targets[-1] == end
-    assert end not in [-1 if t == end else t for t in targets]  # the mistake
+def test_bug_10_pad_equals_end_so_the_model_never_learns_to_stop():  # huggingface/trl#1623
+    [(_, targets)] = tokenizer.encode_demonstration({"messages": [user("Hi"), assistant("Hello.")]}, TINY, 64)
+    batch = ppo.as_batch([{"ids": [5]}], [[6, TINY.end]], TINY.end, CPU)
+    assert targets[-1] == TINY.end  # the mistake: -1 wherever `end` is, because padding is the same token
     assert batch["ended"].all() and batch["mask"].tolist() == [[True, True]]  # the policy learns to end, too
 
-def test_bug_11_exact_gelu_on_weights_trained_with_tanh():
-    # karpathy/nanoGPT#2, #274
+def test_bug_11_exact_gelu_on_weights_trained_with_tanh():  # karpathy/nanoGPT#2, #274
     mlp, x = tiny().h[0].mlp, 2 * torch.randn(3, 32, generator=rng(0))
     h = mlp.c_fc(x)
     by_hand = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
@@ -298,18 +281,16 @@ def test_bug_12_the_cache_changes_the_output_or_is_silently_lost():
     replies, shapes = watched(net, prompts, 12)
     assert [tokens for _, tokens in shapes] == [8] + [1] * 11  # a lost cache would feed ever longer rows
     for prompt, reply in zip(prompts, replies):
-        for i, token in enumerate(reply):
-            assert logits(net, prompt + reply[:i])[-1].argmax() == token
+        assert reply == [logits(net, prompt + reply[:i])[-1].argmax() for i in range(12)]
     alone, after = (net(torch.tensor([ids]))[0, -1] for ids in (replies[0][:1], prompts[0] + replies[0][:1]))
     assert apart(alone, after) > 0.1  # the mistake: the new token without its past
 
-def test_bug_13_gradients_clipped_before_backward_and_equal_betas():
-    # minChatGPT
+def test_bug_13_gradients_clipped_before_backward_and_equal_betas():  # minChatGPT
     def train(grad_clip, betas=(0.9, 0.95)):
-        w = torch.nn.Parameter(torch.ones(2, 2))
+        w = nn.Parameter(torch.ones(2, 2))
         adam = OffloadedAdamW([w], 0.1, betas)
-        for i in range(4):
-            (w.sum() * (100.0 if i == 0 else 1.0)).backward()
+        for slope in (100, 1, 1, 1):
+            (slope * w.sum()).backward()
             norm = adam.step(0.1, grad_clip)
         return w.detach(), norm, {group["betas"] for group in adam.adamw.param_groups}
     (clipped, norm, betas), (plain, *_) = train(0.5), train(0)
@@ -318,10 +299,9 @@ def test_bug_13_gradients_clipped_before_backward_and_equal_betas():
     assert apart(clipped, plain) > 1e-3  # the mistake: clipping what is not there yet
     assert apart(plain, train(0, betas=(0.9, 0.9))[0]) > 1e-3  # the mistake
 
-def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move():
-    # GRPO-Zero; pytorch#3658
+def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move():  # GRPO-Zero; pytorch#3658
     def trained(step_of):
-        w = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+        w = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
         step = step_of([w])
         for i in range(5):
             (w ** 2).sum().mul(1e-3 * (i + 1)).backward()
@@ -331,23 +311,21 @@ def test_bug_14_offloaded_adamw_with_another_epsilon_or_moments_that_move():
     ours = trained(lambda ps: partial(OffloadedAdamW(ps, 0.01, eps=1e-3, weight_decay=0.1).step, 0.01))
     torchs = lambda eps: trained(lambda ps: torch.optim.AdamW(ps, 0.01, eps=eps, weight_decay=0.1).step)
     close(ours, torchs(1e-3), 1e-6)
-    # the mistake: sqrt(v + eps) is sqrt(eps) larger than eps at v = 0
-    assert apart(ours, torchs(math.sqrt(1e-3))) > 1e-4
-
-    w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    assert apart(ours, torchs(math.sqrt(1e-3))) > 1e-4  # the mistake: sqrt(v + eps), at v = 0 sqrt(eps)
+    w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     adam, plain = OffloadedAdamW([w], 0.1), torch.optim.AdamW([w], 0.1)
     (w * 1.234).sum().backward()
     adam.step(0.1)
-    moment, place = adam.states[0]["exp_avg"].clone(), adam.states[0]["exp_avg"].data_ptr()
+    before, moment = adam.states[0]["exp_avg"], adam.states[0]["exp_avg"].clone()
     adam.load_state_dict({name: t.clone() for name, t in adam.state_dict().items()})
-    assert (adam.states[0]["exp_avg"].dtype, adam.states[0]["exp_avg"].data_ptr()) == (torch.float32, place)
-    assert torch.equal(adam.states[0]["exp_avg"], moment)
+    after = adam.states[0]["exp_avg"]
+    assert (after.dtype, after.data_ptr()) == (torch.float32, before.data_ptr())
+    assert torch.equal(after, moment)
     state = {0: {"step": torch.ones(()), "exp_avg": moment, "exp_avg_sq": moment}}
     plain.load_state_dict(plain.state_dict() | {"state": state})
     assert plain.state[w]["exp_avg"].dtype == torch.bfloat16  # the mistake: moments follow the weights
 
-def test_bug_15_stage_3_never_loads_stage_2s_model(tmp_path):
-    # ColossalAI#3011
+def test_bug_15_stage_3_never_loads_stage_2s_model(tmp_path):  # ColossalAI#3011
     policy, scorer, idx = tiny(seed=1), tiny(Scorer, seed=2), random_ids(2, 9)
     save(tmp_path / "sft", policy)
     save(tmp_path / "reward", scorer)
@@ -355,28 +333,24 @@ def test_bug_15_stage_3_never_loads_stage_2s_model(tmp_path):
     (actor, reference, critic, reward_model), _ = ppo.load_models(cfg, CPU, torch.float32)
     assert all(torch.equal(net(idx), policy(idx)) for net in (actor, reference))
     assert all(torch.equal(values_of(net, idx), values_of(scorer, idx)) for net in (reward_model, critic))
-    fresh = tiny(Scorer, seed=3)  # the mistake
-    assert apart(values_of(fresh, idx), values_of(scorer, idx)) > 0.1
+    assert apart(values_of(tiny(Scorer, seed=3), idx), values_of(scorer, idx)) > 0.1  # the mistake: fresh
     assert actor.wte.weight.data_ptr() != reference.wte.weight.data_ptr()
     cfg.reward = str(tmp_path / "nothing")
     refuses(lambda: ppo.load_models(cfg, CPU, torch.float32), "no checkpoint here")
 
-def test_bug_16_ptx_from_different_batches():
-    # Colossal-AI until 62f4e2eb0
+def test_bug_16_ptx_from_different_batches():  # Colossal-AI until 62f4e2eb0
     rows = [{"messages": [user("Hello"), assistant(f"{i} and {i * i}")]} for i in range(1, 20)]
     demonstrations = [e for row in rows for e in tokenizer.encode_demonstration(row, TINY, 64)]
     losses, follows = [], lambda idx, targets: all(t == i for i, t in zip(idx[1:], targets) if t >= 0)
     for microbatch in (0, 2):
-        cfg, models, batch = a_rollout()
-        cfg = dataclasses.replace(cfg, ptx_coef=0.5, microbatch=microbatch)
+        cfg, models, batch = a_rollout(ptx_coef=0.5, microbatch=microbatch)
         with mock.patch.object(ppo, "negative_log_likelihood", wraps=ppo.negative_log_likelihood) as spy:
             losses.append(update(cfg, models, batch, demonstrations=demonstrations)["ptx_loss"])
         seen = [row for call in spy.call_args_list for row in call.args[1]]
         assert seen and all(len(i) == len(t) and follows(i, t) for i, t in seen)
     close(*losses, 5e-5)  # micro-batches change no sum
     assert losses[0] > 0
-    mixed = zip(demonstrations, demonstrations[1:])  # the mistake
-    assert not all(follows(i, t) for (i, _), (_, t) in mixed)
+    assert not all(follows(i, t) for (i, _), (_, t) in zip(demonstrations, demonstrations[1:]))  # the mistake
 
 def test_bug_17_lora_that_reaches_only_the_head():
     # Colossal-AI on GPT-2: it looked for nn.Linear, the weights are Conv1D
@@ -393,20 +367,17 @@ def test_bug_17_lora_that_reaches_only_the_head():
         optimizer.step(0.1)
     assert all((p != 0).any() for name, p in params.items() if "lora_b" in name)
     assert not torch.equal(net(random_ids(1, 8)), before)
-    head = torch.nn.ModuleDict({"h": net.h, "score": torch.nn.Linear(32, 1)})
-    found = [name for name, x in head.named_modules() if type(x) is torch.nn.Linear]
-    assert found == ["score"]  # the mistake: the trunk's matrices are of another type
+    head = nn.ModuleDict({"h": net.h, "score": nn.Linear(32, 1)})  # the trunk's are of another type
+    assert [n for n, x in head.named_modules() if type(x) is nn.Linear] == ["score"]  # the mistake
 
-def test_bug_18_double_softmax_in_the_reward_loss():
-    # nanoChatGPT
+def test_bug_18_double_softmax_in_the_reward_loss():  # nanoChatGPT
     net, margin = tiny(Scorer), torch.tensor([2.0, -1.0])
     loss = torch.stack([reward.bradley_terry(x, torch.zeros(1))[0] for x in margin.view(2, 1)])
     close(loss, torch.log1p((-margin).exp()))
     twice = -torch.stack([margin, 0 * margin], 1).softmax(1).log_softmax(1)[:, 0]  # the mistake
     assert apart(twice, loss) > 0.1
-    by_hand = net.scores([[[5, 6]]]) - net.scores([[[7, 8, 9]]])
     chosen, rejected = reward.score_pairs(net, [([], [5, 6], [7, 8, 9])])
-    close(chosen - rejected, by_hand)
+    close(chosen - rejected, net.scores([[[5, 6]]]) - net.scores([[[7, 8, 9]]]))
 
 def test_bug_19_a_square_weight_that_nobody_transposed(tmp_path):
     net, idx, path = tiny(), random_ids(2, 7), tmp_path / "model.safetensors"
@@ -414,42 +385,35 @@ def test_bug_19_a_square_weight_that_nobody_transposed(tmp_path):
     stored = {k: v.clone() for k, v in hub.read_safetensors(path).items()}
     square = "transformer.h.0.attn.c_proj.weight"
     assert torch.equal(stored[square], net.h[0].attn.c_proj.weight.T)  # the hub keeps (in, out)
-    stored["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # the causal mask that old files carry
+    stored["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # old files' causal mask
     hub.write_safetensors(path, stored)
     assert torch.equal(m.load_model(tmp_path)(idx), net(idx))
-    assert "transformer.h.0.attn.c_attn.bias".endswith("attn.bias")  # the mistake would swallow this, too
     stored[square] = stored[square].T.contiguous()  # the mistake
     hub.write_safetensors(path, stored)
     assert apart(m.load_model(tmp_path)(idx), net(idx)) > 0.01
 
-def test_bug_20_logged_loss_is_the_last_micro_batch_only(tmp_path):
-    # karpathy/nanoGPT#207
+def test_bug_20_logged_loss_is_the_last_micro_batch_only(tmp_path):  # karpathy/nanoGPT#207
     logged = []
     for microbatch in (0, 2):
-        out = tmp_path / f"out{microbatch}"
-        run(sft, tmp_path, microbatch=microbatch, steps=3, out=str(out))
-        logged.append([row["loss"] for row in log(out) if "loss" in row])
+        run(sft, tmp_path, microbatch=microbatch, steps=3, out=str(tmp_path / f"out{microbatch}"))
+        logged.append([row["loss"] for row in log(tmp_path / f"out{microbatch}") if "loss" in row])
     close(*logged, 5e-5)
-    net, examples = tiny(), [([5, 6], [6, 7]), ([8], [9])]
-    parts = [m.negative_log_likelihood(net, [e], CPU).sum().item() for e in examples]
-    assert apart(parts[-1], sum(parts)) > 5e-4  # the mistake
+    first, last = m.negative_log_likelihood(tiny(), [([5, 6], [6, 7]), ([8], [9])], CPU).sum(1)
+    assert apart(last, first + last) > 5e-4  # the mistake
 
 def test_bug_21_a_group_whose_scores_are_equal():
     # NVIDIA-NeMo/RL#4161, huggingface/trl#6365: its deviation is 0, or rounding
-    cfg, models, *_ = a_rollout()
-    cfg = dataclasses.replace(cfg, group=4, group_norm=True, missing_eos_penalty=0.0)
+    cfg, models, _ = a_rollout(group=4, group_norm=True, missing_eos_penalty=0.0)
     rows = [{"ids": [5, 6 + i], "check": "-", "prompt": [user("?")]} for i in (0, 1) for _ in range(4)]
     models = models._replace(reference=tiny(seed=2), critic=None, reward_model=None)
     batch = ppo.rollout(0, rows, models, TINY, cfg, kl_coef=1e-3)
     assert batch["scores"].eq(0).all() and ppo.rollout_statistics(batch)["groups_without_signal"] == 1
     assert batch["advantages"].eq(0).all() and not batch["signal"].any()
-    zeros = torch.zeros(1, 4)
-    assert (zeros / zeros.std(1, keepdim=True)).isnan().all()  # the mistake, alone
-    noise = ppo.group_advantages(batch["rewards"].sum(1), 4, True)
-    assert noise.abs().max() > 1  # and beside a KL that costs a thousandth: noise as loud as a reward
+    assert (torch.zeros(4) / torch.zeros(4).std()).isnan().all()  # the mistake, alone
+    # and beside a KL that costs a thousandth: noise as loud as a reward
+    assert ppo.group_advantages(batch["rewards"].sum(1), 4, True).abs().max() > 1
 
-def test_bug_22_groups_that_are_not_those_of_one_prompt():
-    # XU-YIJIE/grpo-flat#2
+def test_bug_22_groups_that_are_not_those_of_one_prompt():  # XU-YIJIE/grpo-flat#2
     returns = torch.tensor([1.0, 2.0, 3.0, 11.0, 12.0, 13.0])  # an easy prompt and a hard one
     for norm, want in ((True, [-1, 0, 1]), (False, [-1.5, 0, 1.5])):
         close(ppo.group_advantages(returns, 3, norm), 2 * want, 1e-3)
@@ -459,8 +423,7 @@ def test_bug_22_groups_that_are_not_those_of_one_prompt():
     for part in ppo.minibatches(16, cfg, rng(0)):  # a gradient step takes whole groups
         assert sorted(Counter((part // 4).tolist()).values()) == [4, 4]
 
-def test_bug_23_a_leave_one_out_mean_that_includes_the_reply():
-    # areal-project/AReaL#354
+def test_bug_23_a_leave_one_out_mean_that_includes_the_reply():  # areal-project/AReaL#354
     returns = torch.randn(5, generator=rng(0))
     alone = [r - torch.cat([returns[:i], returns[i + 1:]]).mean() for i, r in enumerate(returns)]
     close(ppo.group_advantages(returns, 5, False), torch.stack(alone))
@@ -496,8 +459,8 @@ def test_bug_25_dpo_that_divides_by_length_or_misses_the_end():
 
 def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
     # huggingface/trl#744 and #2042, unslothai/unsloth-zoo#830
-    cfg, pairs = reward.Config(dpo=True, batch=2), [([5, 6], [7, 3], [8, 9, 3]), ([10], [11, 3], [12, 3])]
-    net = tiny()
+    net, cfg = tiny(), reward.Config(dpo=True, batch=2)
+    pairs = [([5, 6], [7, 3], [8, 9, 3]), ([10], [11, 3], [12, 3])]
     reference, adam = memory.frozen_copy(net), OffloadedAdamW(net.parameters(), 1e-2)
     before, losses = weights_of(reference), []
     for _ in range(5):
@@ -507,38 +470,33 @@ def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
     assert torch.equal(weights_of(reference), before)
     assert not any(p.requires_grad for p in reference.parameters())
     assert torch.stack(reward.score_pairs(net, pairs, net, 0.1)).eq(0).all()  # the mistake: it learns, too
-    wte, side = reference.wte.weight, ([5, 6], [7, 3])
-    states = m.reply_states(reference, *zip(side))[:len(side[1])]
-    whole, dropped = (token_logprobs(x, wte, torch.tensor(side[1]))[0].sum()
-                      for x in (states, F.dropout(states, 0.1)))
-    assert apart(whole, dropped) > 0.01  # the mistake: a first loss that is not ln 2
+    states = m.reply_states(reference, [[5, 6]], [[7, 3]])[:2]
+    said = lambda states: token_logprobs(states, reference.wte.weight, torch.tensor([7, 3]))[0].sum()
+    assert apart(said(states), said(F.dropout(states, 0.1))) > 0.01  # the mistake: a first loss beside ln 2
 
 
 # --- memory.py: checkpoint, optimizer, streaming, LoRA, chunked log-probabilities, dry run ------------------
 
-def test_checkpointed_gradients_equal_plain_gradients():
+def test_checkpointed_gradients_equal_plain_ones_also_nested_bound_and_with_frozen_inputs():
     nets = tiny(checkpoint=False), tiny(checkpoint=True)
     for net in nets:
         net(random_ids(3, 10)).square().sum().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(net.parameters() for net in nets)))
-
-def test_checkpoint_nested_bound_and_with_frozen_inputs():
-    w = torch.nn.Parameter(torch.randn(4, 4, generator=rng(0)))
+    w = nn.Parameter(torch.randn(4, 4, generator=rng(0)))
     x = torch.randn(2, 4, generator=rng(1))  # needs no gradient, w does
     inner = lambda x: (x @ w).tanh()
     plain = lambda x, scale: inner(x) * scale + inner(inner(x))
     nested = lambda x, scale: checkpoint(inner, x) * scale + checkpoint(inner, checkpoint(inner, x))
-    grads = []
-    for function in (partial(plain, scale=3), partial(checkpoint, partial(plain, scale=3)),
-                     partial(checkpoint, partial(nested, scale=3))):
+    def gradient(y):
         w.grad = None
-        function(x).square().sum().backward()
-        grads.append(w.grad)
-    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+        y.square().sum().backward()
+        return w.grad
+    for function in (plain, nested):
+        assert torch.equal(gradient(checkpoint(partial(function, scale=3), x)), gradient(plain(x, scale=3)))
 
 def test_offloaded_adamw_follows_torch_adamw():
     for dtype in (torch.float32, torch.bfloat16):
-        ours, plain = torch.nn.Linear(8, 4).to(dtype), torch.nn.Linear(8, 4)
+        ours, plain = nn.Linear(8, 4).to(dtype), nn.Linear(8, 4)
         plain.load_state_dict(ours.state_dict())
         adam = OffloadedAdamW(ours.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.1)
         groups = [{"params": plain.weight, "weight_decay": 0.1}, {"params": plain.bias, "weight_decay": 0.0}]
@@ -556,16 +514,14 @@ def test_offloaded_adamw_follows_torch_adamw():
         assert torch.equal(ours.weight, adam.masters[0].to(dtype))
 
 def test_gradients_by_the_row_and_by_the_piece_equal_gradients_of_the_whole():
-    idx, targets, grads = random_ids(2, 9), random_ids(2, 9, seed=1), []
+    idx, targets, plain, net = random_ids(2, 9), random_ids(2, 9, seed=1), tiny(), tiny()
     targets[0, :4] = -1
-    for by_rows in (False, True):
-        net = tiny()
-        adam = OffloadedAdamW(net.parameters(), 1e-3) if by_rows else None
-        logprobs, _ = token_logprobs(net(idx), net.wte.weight, targets, chunk=100)
+    adam = OffloadedAdamW(net.parameters(), 1e-3)
+    for x in (plain, net):
+        logprobs, _ = token_logprobs(x(idx), x.wte.weight, targets, chunk=100)
         (logprobs.sum() / 7).backward()
-        grads.append(adam.masters[0].grad if by_rows else net.wte.weight.grad)
-    close(*grads)
-    assert grads[0].abs().max() > 0.1
+    close(plain.wte.weight.grad, adam.masters[0].grad)
+    assert plain.wte.weight.grad.abs().max() > 0.1
     assert torch.equal(memory.lookup(net.wte.weight, idx), F.embedding(idx, net.wte.weight))
 
 def test_streaming_changes_no_number():
@@ -579,10 +535,9 @@ def test_streaming_changes_no_number():
                 m.negative_log_likelihood(net, examples, CPU).sum().backward()
                 adam.step(1e-2, 1.0)
             assert (net.streamed_blocks is not None) == (offload == "all")
-            replies = generate(net, [[5, 6, 7], [8, 9]], 6, -1, generator=rng(0))
-            results.append(([*net.state_dict().values(), net(random_ids(2, 8))], replies))
-        (plain, said), (streamed, said_too) = results
-        assert all(map(torch.equal, plain, streamed)) and said == said_too
+            said = torch.tensor(generate(net, [[5, 6, 7], [8, 9]], 6, -1, generator=rng(0)))
+            results.append([*net.state_dict().values(), net(random_ids(2, 8)), said])
+        assert all(map(torch.equal, *results)), rank
 
 def test_lora_changes_nothing_at_first_and_merges_into_the_same_function(tmp_path):
     net, idx = tiny(Scorer), random_ids(2, 9)
@@ -622,10 +577,10 @@ def test_token_logprobs_equal_full_logits_whatever_the_chunk():
     assert (logprobs.abs().sum(), h_grad.abs().sum()) == (0, 0)
 
 def run_dry(stage, root, **changes):
-    changes |= {"minibatch": 1, "max_new_tokens": 4} if stage is ppo else {}
+    changes |= {"minibatch": 1, "max_new_tokens": 8} if stage is ppo else {}
     return run(stage, root, dry_run=True, init="gpt2", data="none", block_size=512, batch=1, **changes)
 
-def test_the_arithmetic_of_the_docstring(tmp_path):
+def test_the_arithmetic_of_the_docstring_and_a_tenth_of_the_announced_memory(tmp_path):
     weights = 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     phases = run_dry(ppo, tmp_path)[0]["phases"]
     assert [*phases] == ["rollout", "scoring", "update"]
@@ -637,6 +592,7 @@ def test_the_arithmetic_of_the_docstring(tmp_path):
     assert sum(update["owners"].values()) == update["peak_device_bytes"]  # of the device's bytes, all
     crossing = 2 * 50304 * 768  # the buffer for what crosses the bus: the largest matrix, in bfloat16
     close(update["peak_host_bytes"] / (16 * weights + crossing), 1, 0.02)
+    assert run_dry(ppo, tmp_path, dtype="bfloat16", offload="all")[0]["peak_device_bytes"] < 0.16 * 2**30
 
 def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(tmp_path):
     (tmp_path / "out/reward").mkdir(parents=True)
@@ -647,11 +603,6 @@ def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(tmp_path):
     assert "simulated" in text
     assert set(result) == {"dry_run", "peak_device_bytes", "peak_host_bytes", "phases"}
     assert result["peak_device_bytes"] >= sum(result["phases"]["update"]["owners"].values())
-
-def test_the_announced_work_fits_into_a_tenth_of_the_announced_memory(tmp_path):
-    cfg = ppo.Config(init="gpt2", dry_run=True, offload="all", batch=1, minibatch=1, block_size=512,
-                     max_new_tokens=8, dtype="bfloat16", out=str(tmp_path))
-    assert quiet(ppo.main, cfg)[0]["peak_device_bytes"] < 0.16 * 2**30
 
 
 # --- memory.py on a second device: tensors that compute on the CPU but are not there ------------------------
@@ -713,9 +664,8 @@ def flash_elsewhere(q, k, v, attn_mask=None, is_causal=False):
 def make_second_device():
     """-> what has to stay alive for it, or None where this torch cannot make one. Now, because autograd asks
     for the devices there are at its first backward only."""
-    try:
-        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
-    except ImportError:
+    register = getattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if not register:
         return None
     register("elsewhere")
     libraries = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -727,14 +677,11 @@ def make_second_device():
 
 ELSEWHERE = make_second_device()
 
-@contextlib.contextmanager
-def second_device():
-    if not ELSEWHERE:
-        raise unittest.SkipTest("this torch cannot make a device in Python")
-    with mock.patch.object(F, "scaled_dot_product_attention", flash_elsewhere):
-        yield
+def second_device(test):
+    test = mock.patch.object(F, "scaled_dot_product_attention", flash_elsewhere)(test)
+    return unittest.skipUnless(ELSEWHERE, "this torch cannot make a device in Python")(test)
 
-@second_device()
+@second_device
 def test_a_tensor_on_the_wrong_side_is_refused_and_bytes_are_counted():
     x = torch.ones(3, 4, device="elsewhere:0")
     refuses(lambda: x + torch.ones(3, 4), "mixes", kind=RuntimeError)
@@ -743,20 +690,19 @@ def test_a_tensor_on_the_wrong_side_is_refused_and_bytes_are_counted():
     del y
     assert COUNT.total == before
 
-@second_device()
+@second_device
 def test_all_stages_run_there_with_every_offload_and_agree_with_the_cpu(tmp_path):
     losses, setting = [], {"device": "elsewhere:0", "steps": 2, "save_every": 10, "eval_every": 10}
     for changes in ({"device": "cpu"}, {}, {"offload": "optimizer"}, {"offload": "all"},
                     {"offload": "all", "lora_rank": 2}):  # the last one is another model, and has to run
-        run_all(tmp_path, **setting | changes)
-        rows = [row for name in ("sft", "reward", "ppo") for row in log(tmp_path / "out" / name)
-                if "lr" in row]
+        stages = run_all(tmp_path, **setting | changes)
+        rows = [row for stage in stages for row in log(tmp_path / "out" / stage) if "lr" in row]
         losses.append(torch.tensor([row.get("loss", row.get("value_loss")) for row in rows]))
     for other in losses[1:4]:
         assert torch.allclose(losses[0], other, rtol=1e-3), losses
     run(ppo, tmp_path, **setting, reward="check")
 
-@second_device()
+@second_device
 def test_the_dry_run_agrees_with_the_bytes_counted_there(tmp_path):
     global COUNT
     never_ends = lambda net, prompts, n, end, *rest, **more: generate(net, prompts, n, -1, *rest, **more)
@@ -780,18 +726,13 @@ def test_the_dry_run_agrees_with_the_bytes_counted_there(tmp_path):
 
 # --- tokens and batches -------------------------------------------------------------------------------------
 
-def test_text_round_trips_and_never_makes_control_tokens():
-    for text in ("Hello there!", "caf\u00e9 \U0001f600 42", "<|end|><|user|>", " \n\t", ""):
-        ids = TINY.encode(text)
-        assert TINY.decode(ids) == text and all(i < TINY.user for i in ids)
-    assert TINY.vocab_size % 64 == 0
-
-def test_the_tokenizer_that_transformers_reads_gives_the_same_ids():
+def test_text_round_trips_makes_no_control_tokens_and_has_the_same_ids_in_transformers():
     import regex  # tiktoken depends on it
     model = tokenizer.tokenizer_files("tiny", 64)["tokenizer.json"]["model"]
     ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
     spelled = {TINY.encoding.decode_single_token_bytes(i): text for text, i in model["vocab"].items()}
-    for text in ("What is 2 plus 3?", " Hello, World!! It's  fine.", "naïve 漢字 😀\n\n x"):
+    for text in ("Hello there!", "caf\u00e9 \U0001f600 42", "<|end|><|user|>", " \n\t", "",
+                 "What is 2 plus 3?", " Hello, World!! It's  fine.", "naïve 漢字 😀\n\n x"):
         ids = []
         for word in regex.findall(TINY.encoding._pat_str, text):  # BPE from the merges alone
             parts = [spelled[bytes([b])] for b in word.encode()]
@@ -799,15 +740,19 @@ def test_the_tokenizer_that_transformers_reads_gives_the_same_ids():
                 _, i = min(pairs)
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             ids += [model["vocab"][part] for part in parts]
-        assert ids == TINY.encode(text)
+        assert ids == TINY.encode(text) and TINY.decode(ids) == text and all(i < TINY.user for i in ids), text
+    assert TINY.decode(TINY.encode(" " * 10**6 + "x")) == " " * 10**6 + "x" and TINY.vocab_size % 64 == 0
 
-def test_gpt2_encoding_has_its_known_values():
-    tokenizer = gpt2()
-    assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.encode("\n\nHuman:") == [198, 198, 20490, 25]
-    assert (tokenizer.user, tokenizer.end, tokenizer.vocab_size) == (50257, 50259, 50304)
-    assert 50256 not in tokenizer.encode("<|endoftext|>")
-    assert tokenizer.decode([15496, 50256, 50259, 50300]) == "Hello"
+def test_gpt2_has_its_known_values_and_long_texts_are_cut_where_tokens_end():
+    ours = gpt2()
+    assert ours.encode("Hello world") == [15496, 995] and ours.encode("\n\nHuman:") == [198, 198, 20490, 25]
+    assert (ours.user, ours.end, ours.vocab_size) == (50257, 50259, 50304)
+    assert 50256 not in ours.encode("<|endoftext|>") and ours.decode([15496, 50256, 50259, 50300]) == "Hello"
+    for coder in (TINY, ours):
+        for blanks in ("\n\n  ", "\n" * 99):
+            long = "".join(f"It's {i}!{blanks}word" for i in range(1_000_000 // (10 + len(blanks))))
+            same = coder.encode(long) == coder.encoding.encode_ordinary(long)
+            assert same and len(long) > 900_000, (coder.name, blanks)
 
 def test_only_user_and_assistant_speak_and_a_system_message_goes_before_the_users():
     import jinja2  # torch depends on it
@@ -819,77 +764,54 @@ def test_only_user_and_assistant_speak_and_a_system_message_goes_before_the_user
     turns = [system, system, user("a"), assistant("b"), user("c"), assistant("d")]
     assert shown(turns) == shown(prepare.as_messages(turns)) == (
         "<|user|>Be brief.\n\nBe brief.\n\na<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>")
-    for messages in ([user("a"), tool], [user("a"), system]):
-        refuses(lambda: shown(messages), messages[1]["role"])
-        refuses(lambda: TINY.render(messages), messages[1]["role"])
-
-def test_a_million_blanks_are_encoded_and_long_texts_are_cut_where_tokens_end():
-    assert TINY.decode(TINY.encode(" " * 10**6 + "x")) == " " * 10**6 + "x"
-    for encode, plain in ((x.encode, x.encoding.encode_ordinary) for x in (TINY, gpt2())):
-        for blanks in ("\n\n  ", "\n" * 99):
-            long = "".join(f"It's {i}!{blanks}word" for i in range(1_000_000 // (10 + len(blanks))))
-            assert len(long) > 900_000 and encode(long) == plain(long)
-
-def test_without_a_network_the_message_names_the_files():
-    with mock.patch.object(tokenizer.tiktoken, "get_encoding", side_effect=OSError("no route")):
-        refuses(lambda: Tokenizer("gpt2"), "TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    for wrong in (tool, system):
+        for read in (shown, TINY.render):
+            refuses(lambda: read([user("a"), wrong]), wrong["role"])
 
 def test_both_replies_of_a_pair_see_the_same_prompt(tmp_path):
     question, longer = "a b c " * 20, "It is a very long story, and it does not end soon."
     row = {"prompt": [user(question)], "chosen": longer, "rejected": "No."}
     reply = lambda text: [TINY.assistant, *TINY.encode(text), TINY.end]
-    kept = 64 - len(reply(longer))  # the longer reply fills what the prompt leaves
-    prompt = [TINY.user, *TINY.encode(question)][-kept:]
+    # the longer reply fills what the prompt leaves
+    prompt = [TINY.user, *TINY.encode(question)][len(reply(longer)) - 64:]
     pair = prompt + [TINY.assistant], reply(longer)[1:], reply("No.")[1:]
     assert reward.encode_pair(row, TINY, 64) == pair and len(pair[0] + pair[1]) == 64
     assert reward.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
-    cfg = small(reward, tmp_path, block_size=12)
-    pairs, text = quiet(reward.load_pairs, cfg, TINY)
-    cut = sum(len(TINY.render(row["prompt"])[0]) + len(reply("It is blue.")) > 12
-              for rows in pairs for row in rows)
-    assert cut and f"in {cut} the prompt lost its beginning" in text
     fits = len(reply("It is blue."))
+    pairs, text = quiet(reward.load_pairs, small(reward, tmp_path, block_size=12), TINY)
+    cut = sum(len(TINY.render(row["prompt"])[0]) + fits > 12 for rows in pairs for row in rows)
+    assert cut and f"in {cut} the prompt lost its beginning" in text
     refuses(lambda: reward.load_pairs(small(reward, tmp_path, block_size=fits), TINY), f"--block_size={fits}")
 
-def test_rows_of_a_small_set_meet_other_neighbours_in_the_next_epoch():
-    lengths = tuple(torch.randint(20, 250, (1500,), generator=rng(0)).tolist())
-    pairs = [{(a, b) for rows in batches.batches(lengths, 64, 0, epoch) for a in rows for b in rows if a < b}
-             for epoch in (0, 1)]
-    assert len(pairs[0] & pairs[1]) / len(pairs[0]) < 0.25  # all rows sorted at once: 0.7
-
-def test_token_0_is_a_target_like_any_other():
-    assert tokenizer.count_targets([([5, 6, 7], [0, -1, 3]), ([8], [-1])]) == 2
-
-def test_text_becomes_windows_that_lose_no_token():
-    text = "To be, or not to be, that is the question. " * 5
+def test_texts_become_windows_that_lose_no_token_and_long_dialogues_lose_their_beginning():
+    text, question = "To be, or not to be, that is the question. " * 5, user("a b c " * 90)
     windows = tokenizer.encode_demonstration({"text": text}, TINY, 16)
     assert [t for _, targets in windows for t in targets] == [*TINY.encode(text), TINY.end]
     assert all(len(idx) == len(targets) <= 16 for idx, targets in windows)
-
-def test_long_dialogues_lose_their_beginning():
-    question = user("a b c " * 90)
     [(idx, targets)] = tokenizer.encode_demonstration({"messages": [question, assistant("Yes.")]}, TINY, 32)
-    assert (len(idx), targets[-1]) == (32, TINY.end)
     prompt = TINY.prompt([question], 20)
-    assert (len(prompt), prompt[-1]) == (20, TINY.assistant)
+    assert (len(idx), targets[-1]) == (32, TINY.end) and (len(prompt), prompt[-1]) == (20, TINY.assistant)
+    assert tokenizer.count_targets([([5, 6, 7], [0, -1, 3]), ([8], [-1])]) == 2  # 0 is a token like any other
 
-def test_batches_cover_every_row_and_hold_similar_lengths():
+def test_batches_cover_every_row_hold_similar_lengths_and_mix_anew_each_epoch():
     lengths = tuple(torch.randint(5, 100, (1000,), generator=rng(0)).tolist())
-    out = batches.batches(lengths, 16, seed=0, epoch=0)
+    out, after = (batches.batches(lengths, 16, seed=0, epoch=epoch) for epoch in (0, 1))
     assert {i for b in out for i in b} == set(range(1000)) and {len(b) for b in out} == {16}
     assert sum(max(lengths[i] for i in b) * len(b) for b in out) / sum(lengths) < 1.1
-    assert out != batches.batches(lengths, 16, seed=0, epoch=1)
-    assert batches.batch_at(63, lengths, 16, 0) == batches.batches(lengths, 16, 0, 1)[0]
+    assert out != after and batches.batch_at(63, lengths, 16, 0) == after[0]
+    lengths = tuple(torch.randint(20, 250, (1500,), generator=rng(0)).tolist())  # a small set
+    pairs = [{(a, b) for rows in batches.batches(lengths, 64, 0, epoch) for a in rows for b in rows if a < b}
+             for epoch in (0, 1)]
+    assert len(pairs[0] & pairs[1]) / len(pairs[0]) < 0.25  # all rows sorted at once: 0.7
 
 def test_results_come_back_in_the_order_of_the_rows():
     rows, seen = [[3, 3, 3], [1], [2, 2], [4, 4, 4, 4], [0]], []
     def double(some):
         seen.append(some)
         return [2 * sum(row) for row in some]
-    assert batches.map_by_length(double, rows, 2) == [18, 2, 8, 32, 0]
-    assert seen == [[[1], [0]], [[2, 2], [3, 3, 3]], [[4, 4, 4, 4]]]
-    assert batches.map_by_length(double, rows, 2, length=lambda row: -row[0]) == [18, 2, 8, 32, 0]
-    assert seen[3] == [[4, 4, 4, 4], [3, 3, 3]]
+    for order in ({}, {"length": lambda row: -row[0]}):
+        assert batches.map_by_length(double, rows, 2, **order) == [18, 2, 8, 32, 0], order
+    assert seen[:4] == [[[1], [0]], [[2, 2], [3, 3, 3]], [[4, 4, 4, 4]], [[4, 4, 4, 4], [3, 3, 3]]]
 
 
 # --- weights in ---------------------------------------------------------------------------------------------
@@ -902,8 +824,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         wrong = self.server.misbehave.pop(0) if self.server.misbehave else None
         if isinstance(wrong, int):
             return self.send_error(wrong)
-        name, data = Path(self.path).name, (self.server.files / Path(self.path).name).read_bytes()
-        data = b"" if wrong == "empty" else data
+        name = Path(self.path).name
+        data = b"" if wrong == "empty" else (self.server.files / name).read_bytes()
         if self.path.startswith("/openai") and wrong not in ("no length", "empty"):
             # as the hub: a redirect that knows size and hash
             digest = "0" * 64 if wrong == "hash" else hashlib.sha256(data).hexdigest()
@@ -920,92 +842,69 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data[start:start + 60_000] if wrong == "drop" else data[start:])
 
 @contextlib.contextmanager
-def hub_server(root):
+def hub_server(root, misbehave=()):
     """A server on this machine that behaves as the hub does on its worse days: `misbehave` says what to do
     wrong, request by request."""
     save(root / "files", tiny())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server, \
          mock.patch.dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="secret",
-                         HF_HOME=str(root / "cache")), mock.patch.object(hub.time, "sleep"):
-        server.files, server.requests, server.misbehave = root / "files", [], []
-        for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
-            os.environ.pop(name, None)
+                         HF_HOME=str(root / "cache"), HF_HUB_CACHE="", HF_HUB_OFFLINE=""), \
+         mock.patch.object(hub.time, "sleep"):
+        server.files, server.requests, server.misbehave = root / "files", [], list(misbehave)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server
         finally:
             server.shutdown()
 
-def loads(model):
+def loads(model, case=""):
     """It has the weights of tiny()."""
-    assert torch.equal(weights_of(m.load_model(model)), weights_of(tiny()))
+    assert torch.equal(weights_of(m.load_model(model)), weights_of(tiny())), case
 
-def test_a_name_is_downloaded_once_and_then_found(tmp_path):
-    with hub_server(tmp_path) as server:
-        loads("gpt2")
-        requests = list(server.requests)
-        loads("gpt2")
-    assert server.requests == requests
-    tokens = [(path.split("/")[1], headers.get("Authorization")) for path, headers in requests]
-    assert set(tokens) == {("openai-community", "Bearer secret"), ("store", None)}  # not sent along
-
-def test_a_broken_connection_is_gone_on_with(tmp_path):
-    with hub_server(tmp_path) as server:
-        server.misbehave = [None, "drop", 503, None, "drop"]
-        loads("gpt2")
-    ranges = [headers.get("Range") for path, headers in server.requests if path == "/store/model.safetensors"]
-    assert ranges[:3] == [None, "bytes=60000-", "bytes=120000-"]
-    assert not list((tmp_path / "cache").rglob("*.part"))
-
-def test_an_answer_that_does_not_tell_its_length_is_taken(tmp_path):
-    with hub_server(tmp_path) as server:
-        server.misbehave = ["no length"] * 2  # a plain mirror: no redirect, no hash either
-        loads("gpt2")
-        assert len(server.requests) == 2
-
-def test_an_empty_answer_is_asked_for_again(tmp_path):
-    with hub_server(tmp_path) as server:
-        server.misbehave = ["empty", None, "empty"]
-        loads("gpt2")
-
-def test_a_busy_hub_is_asked_again(tmp_path):
-    with hub_server(tmp_path) as server:
-        server.misbehave = [429, 408, 416, 500]
-        loads("gpt2")
+def test_a_name_is_downloaded_once_and_a_hub_on_its_worse_days_is_asked_again(tmp_path):
+    for i, (misbehave, starts, requests) in enumerate((
+            ([], [None], 4), ([None, "drop", 503, None, "drop"], [None, "bytes=60000-", "bytes=120000-"], 9),
+            (["no length"] * 2, [], 2),  # a plain mirror: no redirect, no hash either
+            (["empty", None, "empty"], [None, None], 7), ([429, 408, 416, 500], [None], 8))):
+        with hub_server(tmp_path / str(i), misbehave) as server:
+            loads("gpt2", misbehave)
+            loads("gpt2", misbehave)  # is found, not asked for
+        ranges = [sent.get("Range") for path, sent in server.requests if path == "/store/model.safetensors"]
+        assert (ranges, len(server.requests)) == (starts, requests), misbehave
+        tokens = {(path.split("/")[1], sent.get("Authorization")) for path, sent in server.requests}
+        assert tokens - {("store", None)} == {("openai-community", "Bearer secret")}, misbehave  # not sent on
+        assert not list((tmp_path / str(i) / "cache").rglob("*.part")), misbehave
 
 def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(tmp_path):
-    load = lambda: m.load_model("gpt2")
     with hub_server(tmp_path) as server:
-        for wrong, words in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"),
-                             ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503"), ([416] * 5, "416"),
-                             ([429] * 5, "429")):
+        for wrong, word in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"),
+                            ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503"), ([416] * 5, "416"),
+                            ([429] * 5, "429")):
             server.misbehave = wrong
-            refuses(load, words, "config.json and model.safetensors")
-            assert not list((tmp_path / "cache").rglob("model.safetensors"))
+            refuses(lambda: m.load_model("gpt2"), word, "config.json and model.safetensors")
+            assert not list((tmp_path / "cache").rglob("model.safetensors")), word
         full = OSError(errno.ENOSPC, "No space left on device")
         with mock.patch.object(hub, "fetch", side_effect=full) as fetch:
-            refuses(load, "No space left", "main/model.safetensors")
+            refuses(lambda: m.load_model("gpt2"), "No space left", "main/model.safetensors")
         assert fetch.call_count == 1  # it would be as full a second later
-        (tmp_path / "file").touch()
-        with mock.patch.dict(os.environ, HF_HOME=str(tmp_path / "file")):
-            refuses(load, "Not a directory", "HF_HOME")
-        with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-            refuses(load, "HF_HUB_OFFLINE")
 
-def test_without_a_home_the_message_names_hf_home():
-    with mock.patch.dict(os.environ), mock.patch.object(Path, "home", side_effect=RuntimeError):
-        for name in ("HF_HOME", "HF_HUB_CACHE"):
-            os.environ.pop(name, None)
-        refuses(lambda: m.load_model("gpt2"), "HF_HOME")
-        os.environ |= {"HF_HUB_CACHE": "/nowhere", "HF_HUB_OFFLINE": "1"}
-        refuses(lambda: m.load_model("gpt2"), "/nowhere")
+def test_without_a_network_a_home_or_a_folder_the_message_names_what_to_set(tmp_path):
+    with mock.patch.object(tokenizer.tiktoken, "get_encoding", side_effect=OSError("no route")):
+        refuses(lambda: Tokenizer("gpt2"), "TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    (tmp_path / "file").touch()
+    for environment, *words in (({"HF_HOME": str(tmp_path / "file")}, "Not a directory", "HF_HOME"),
+                                ({"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+                                ({}, "no home", "HF_HOME"),
+                                ({"HF_HUB_CACHE": "/nowhere", "HF_HUB_OFFLINE": "1"}, "/nowhere")):
+        with mock.patch.dict(os.environ, environment, clear=True), \
+             mock.patch.object(Path, "home", side_effect=RuntimeError):
+            refuses(lambda: m.load_model("gpt2"), *words)
 
 def test_every_variant_of_a_folder_loads(tmp_path):
     save(tmp_path, tiny())
-    tensors, folder = hub.read_safetensors(tmp_path / "model.safetensors"), tmp_path / "variant"
+    tensors = hub.read_safetensors(tmp_path / "model.safetensors")
     def variant(**files):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         shutil.copy(tmp_path / "config.json", folder)
         for name, part in files.items():
             hub.write_safetensors(folder / f"{name}.safetensors", part)
@@ -1013,31 +912,32 @@ def test_every_variant_of_a_folder_loads(tmp_path):
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):  # of a causal mask; it is not used
         mask = torch.ones(1, 1, 8, 8).to(dtype)
-        loads(variant(model=bare | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor([-1e4])}))
+        masks = {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor([-1e4])}
+        loads(variant(model=bare | masks), dtype)
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."):
-        loads(variant(model={prefix + name: t for name, t in tensors.items()}))
+        loads(variant(model={prefix + name: t for name, t in tensors.items()}), prefix)
     loads(variant(model={name.replace("h.0.", "h.0._orig_mod."): t for name, t in tensors.items()}))
     loads(variant(model=tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}))
-    variant(a=dict(list(bare.items())[:9]), b=dict(list(bare.items())[9:]))
+    shards = variant(a=dict(list(bare.items())[:9]), b=dict(list(bare.items())[9:]))
     where = {name: f"{'a' if i < 9 else 'b'}.safetensors" for i, name in enumerate(bare)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    loads(folder)
-    torch.save({name: t.clone() for name, t in tensors.items()}, variant() / "pytorch_model.bin")
-    (folder / "tf_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")  # not asked for
-    loads(folder)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    loads(shards)
+    pickled = variant()
+    torch.save({name: t.clone() for name, t in tensors.items()}, pickled / "pytorch_model.bin")
+    (pickled / "tf_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")  # not asked for
+    loads(pickled)
     for dtype in (torch.float16, torch.bfloat16):
         half = m.load_model(variant(model={name: t.to(dtype) for name, t in tensors.items()}))
         close(half.wpe.weight, tiny().wpe.weight, 0.02)
 
 def test_what_is_written_is_read_back_in_our_names_and_orientation(tmp_path):
-    for net in (tiny(), tiny(Scorer)):
+    for net, labels, padding in ((tiny(), None, None), (tiny(Scorer), 1, TINY.user)):
         config, tensors = m.exported(net)
         hub.write(str(tmp_path), config, tensors)  # a name does, too, as it does for read
         config_too, tensors_too = hub.read(str(tmp_path))
-        assert config_too == config and hub.read_config(tmp_path) == config
-        stored, scorer = json.loads((tmp_path / "config.json").read_text()), type(net) is Scorer
-        assert stored.get("num_labels") == (1 if scorer else None)
-        assert stored.get("pad_token_id") == (TINY.user if scorer else None)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert config_too == config == hub.read_config(tmp_path)
+        assert (stored.get("num_labels"), stored.get("pad_token_id")) == (labels, padding)
         assert tensors_too.keys() == tensors.keys() == net.state_dict().keys()
         assert all(torch.equal(tensors_too[name], t) for name, t in net.state_dict().items())
 
@@ -1046,195 +946,137 @@ def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(tmp_path):
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     load, settings = lambda: m.load_model(tmp_path), json.loads(config.read_text())
     tensors = {name: t.clone() for name, t in hub.read_safetensors(path).items()}
-    lost, head = {name: t for name, t in tensors.items() if "ln_f.bias" not in name}, torch.zeros(1024, 32)
-    for change, stored, *words in (
-            ({"model_type": "llama"}, tensors, "llama"), ({"activation_function": "relu"}, tensors, "relu"),
-            ({"scale_attn_by_inverse_layer_idx": True}, tensors, "scale_attn_by_inverse_layer_idx is True"),
-            ({"scale_attn_weights": False}, tensors, "scale_attn_weights is False"),
-            ({"add_cross_attention": True}, tensors, "add_cross_attention is True"),
-            ({"layer_norm_epsilon": 1e-6}, tensors, "layer_norm_epsilon is 1e-06"),
-            ({"n_inner": 96}, tensors, "n_inner 96"), ({"tokenizer": ["t"]}, tensors, "tokenizer is ['t']"),
-            ({"n_embd": None}, tensors, "sizes"), ({"vocab_size": 21128}, tensors, "21128 rows", "tiny"),
-            ({}, tensors | {"transformer.wte.weight": torch.zeros(21128, 32)}, "21128 rows"),
-            ({"n_embd": 10**9}, tensors, "sizes"),
-            ({"n_layer": 5000}, tensors, "more than model.safetensors holds"),
-            ({}, tensors | {"lm_head.weight": head}, "wte.weight", "tied"), ({}, lost, "ln_f.bias"),
-            ({}, tensors | {"extra": torch.zeros(1)}, "extra")):
+    unknown = {"model_type": "llama", "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True,
+               "scale_attn_weights": False, "add_cross_attention": True, "layer_norm_epsilon": 1e-6,
+               "tokenizer": ["t"]}
+    for change, changed, *words in (
+            *(({name: value}, {}, f"{name} is {value};") for name, value in unknown.items()),
+            ({"n_inner": 96}, {}, "n_inner 96"), ({"n_embd": None}, {}, "sizes"),
+            ({"n_embd": 10**9}, {}, "sizes"), ({"vocab_size": 21128}, {}, "21128 rows", "tiny"),
+            ({"n_layer": 5000}, {}, "more than model.safetensors holds"),
+            ({}, {"transformer.wte.weight": torch.zeros(21128, 32)}, "21128 rows"),
+            ({}, {"lm_head.weight": torch.zeros(1024, 32)}, "wte.weight", "tied"),
+            ({}, {"transformer.ln_f.bias": None}, "ln_f.bias"), ({}, {"extra": torch.zeros(1)}, "extra")):
         config.write_text(json.dumps(settings | change))
-        hub.write_safetensors(path, stored)
+        hub.write_safetensors(path, {name: t for name, t in (tensors | changed).items() if t is not None})
         refuses(load, *words)
-    config.write_text("[1]")
-    refuses(load, "config.json")
-    config.write_text(json.dumps(settings))
     path.unlink()
+    config.write_text(json.dumps(settings))
     class Evil:
         __reduce__ = lambda self: (os.mkdir, (str(tmp_path / "ran"),))
-    torch.save({"wte.weight": torch.zeros(10**5), "x": Evil()}, tmp_path / "pytorch_model.bin")
-    refuses(load, "pytorch_model.bin")
+    for stored, word in (({"wte.weight": torch.zeros(10**5), "x": Evil()}, "without running its code"),
+                         ({"state_dict": tensors}, "not a state_dict()")):
+        torch.save(stored, tmp_path / "pytorch_model.bin")
+        refuses(load, "pytorch_model.bin", word)
     assert not (tmp_path / "ran").exists()
-    torch.save({"state_dict": tensors}, tmp_path / "pytorch_model.bin")
-    refuses(load, "pytorch_model.bin", "not a state_dict()")
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n")
-    refuses(load, "model.safetensors", "git lfs pull")
-    path.unlink()
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"wte.weight": "lost.safetensors"}}))
-    refuses(load, "lost.safetensors")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n"
+    index = json.dumps({"weight_map": {"wte.weight": "lost.safetensors"}})
+    for name, text, *words in (
+            ("model.safetensors", pointer, "model.safetensors", "git lfs pull"),
+            ("model.safetensors.index.json", index, "lost.safetensors"),
+            ("config.json", "[1]", "config.json")):
+        (tmp_path / name).write_text(text)
+        refuses(load, *words)
+        (tmp_path / name).unlink()
 
 def test_gpt2s_own_rows_pass_and_get_room_for_the_control_tokens(tmp_path):
+    gpt2()
     net = GPT(GPTConfig(50257, 64, 1, 2, 8, "gpt2")).initialize(rng(0))
     with mock.patch.object(hub, "tokenizer_files", return_value={}):
-        gpt2()
         save(tmp_path, net)
-    for ascii in (True, False):
-        tokens = json.dumps({"Ġthe": 262}, ensure_ascii=ascii)
+    for tokens in ('{"Ġthe": 262}', '{"\\u0120the": 262}'):
         (tmp_path / "vocab.json").write_text(tokens, encoding="utf-8")
         grown = m.load_model(tmp_path).wte.weight
-    assert torch.equal(grown[:50257], net.wte.weight) and len(grown) == 50304
-    close(grown[50257:], net.wte.weight.mean(0).expand(47, -1))
+        assert torch.equal(grown[:50257], net.wte.weight) and len(grown) == 50304, tokens
+        close(grown[50257:], net.wte.weight.mean(0).expand(47, -1))
     (tmp_path / "vocab.json").write_text(json.dumps({"Ġque": 262}))
     refuses(lambda: m.load_model(tmp_path), "vocab.json", "not GPT-2's tokens")
 
 
 # --- model.py: the network, generation, the chat ------------------------------------------------------------
 
-def test_long_rows_attend_as_the_formula_says():
+def test_attention_follows_the_formula_and_sees_neither_the_future_nor_the_padding():
     q, k, v = torch.randn(3, 1, 2, 520, 8, generator=rng(0))
     scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(520, 520).triu(1).bool(), -math.inf)
-    want = scores.softmax(-1) @ v
     for n in (520, 9):
-        close(m.attend(*(x[:, :, :n] for x in (q, k, v))), want[:, :, :n])
-
-def test_no_position_sees_the_future():
-    net, idx = tiny(), random_ids(1, 12)
-    changed = torch.cat([idx[:, :8], torch.full((1, 4), 3)], 1)
-    before, after = net(idx)[0], net(changed)[0]
+        close(m.attend(*(x[:, :, :n] for x in (q, k, v))), (scores.softmax(-1) @ v)[:, :, :n])
+    net, idx, row = tiny(), random_ids(1, 12), random_ids(1, 9)
+    before, after = net(idx)[0], net(torch.cat([idx[:, :8], torch.full((1, 4), 3)], 1))[0]
     assert torch.equal(before[:8], after[:8]) and not torch.equal(before[8:], after[8:])
-
-def test_right_padding_changes_nothing():
-    net, row = tiny(), random_ids(1, 9)
     close(net(F.pad(row, (0, 20), value=77))[:, :9], net(row))
-    # pad() makes 64 columns of a full row
-    close(tiny(Scorer, n_positions=60).scores([[random_ids(60).tolist()]]),
-          values_of(tiny(Scorer, n_positions=60), random_ids(1, 60))[:, -1])
+    scorer, full = tiny(Scorer, n_positions=60), random_ids(1, 60)  # pad() makes 64 columns of a full row
+    close(scorer.scores([full.tolist()]), values_of(scorer, full)[:, -1])
     assert len(greedy(tiny(n_positions=60), [[5, 6, 7]], 57)[0]) == 57
 
-def test_the_first_loss_is_near_ln_v():
+def test_the_first_loss_is_near_ln_v_and_first_scores_have_spread_one():
     net, idx = tiny(n_embd=64, spread=0), random_ids(4, 33)
     nll = m.negative_log_likelihood(net, [(r[:-1], r[1:]) for r in idx.tolist()], CPU)
     # the logits of a fresh network are random with a spread of 1/2, which costs (1/2)^2 / 2 nats
     close(nll.mean(), math.log(net.cfg.vocab_size) + 1 / 8, 0.06)
-
-def test_an_untrained_reward_model_has_loss_ln_2_and_scores_of_spread_one():
     scores = tiny(Scorer, n_embd=128, spread=0).scores([[row] for row in random_ids(400, 12).tolist()])
     assert 0.5 < scores.std() < 1.5
     close(-F.logsigmoid(torch.zeros(())), math.log(2), 5e-7)
 
-def test_only_the_last_position_gives_the_same_score():
+def test_a_score_is_the_number_at_the_last_position_and_a_shift_adds_a_constant():
     net, idx, lengths = tiny(Scorer), random_ids(3, 8), [8, 3, 5]
+    before = values_of(net, idx)
     close(net.scores([[row[:n]] for row, n in zip(idx.tolist(), lengths)]),
-          values_of(net, idx)[torch.arange(3), torch.tensor(lengths) - 1])
+          before[torch.arange(3), torch.tensor(lengths) - 1])
+    net.shift(1.5)
+    close(values_of(net, idx), before + 1.5)
 
 def branching_cases():
     """Groups of rows: unequal replies, prompts cut from the left, a reply that is the beginning of another,
-    two equal ones, a single row."""
+    two equal ones."""
     ids = random_ids(1, 200).flatten().tolist()
     return [[ids[:20] + ids[40:43], ids[:20] + ids[50:61]], [ids[5:30], ids[5:30] + ids[60:64]],
             [ids[7:33]] * 2, [ids[2:28] + ids[70:75], ids[2:28] + ids[70:73] + ids[80:88]]]
+
+def each_alone(groups):
+    return [[row] for rows in groups for row in rows]
+
+def all_close(results):
+    """Lists of tensors: each like the first."""
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            close(a, b, 3e-6 * max(1, b.abs().max().item()))
 
 def test_rows_that_branch_score_as_rows_of_their_own():
     groups = branching_cases()
     arguments = batches.branching(groups, CPU)
     assert arguments["branch"].max() == 2 and len(arguments["idx"]) == 4  # they do branch
-    assert arguments["idx"].numel() < 0.8 * pad([row for rows in groups for row in rows]).numel()
+    assert arguments["idx"].numel() < 0.8 * pad([row for [row] in each_alone(groups)]).numel()
     assert set(batches.branching([[[5, 6]], [[7]]], CPU)) == {"idx", "keep"}  # nothing in common: rows alone
     for changes in ({}, {"checkpoint": True}):
-        grads = []
-        for split in (False, True):
+        results = []
+        for rows in (groups, each_alone(groups)):
             net = tiny(Scorer, **changes)
             for i in (0, 1):  # LoRA is a part of each matrix
                 net.h[i].attn.c_attn.add_lora(2, rng(i))
                 nn.init.normal_(net.h[i].attn.c_attn.lora_b, generator=rng(i, "b"))
-            rows = [[row] for rows in groups for row in rows] if split else groups
             scores = net.scores(rows)
             (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
-            grads.append([scores.detach(), *(p.grad for p in net.parameters())])
-        for a, b in zip(*grads):
-            close(a, b, 3e-6 * max(1, b.abs().max().item()))
+            results.append([scores.detach(), *(p.grad for p in net.parameters())])
+        all_close(results)
+    ids = random_ids(1, 60).flatten().tolist()
+    many = [[ids[:16] + ids[16 + 4 * i:20 + 4 * i] for i in range(9)]]  # a branch does not see its sisters
+    close(tiny(Scorer).scores(many), tiny(Scorer).scores(each_alone(many)), 1e-6)
+    assert batches.branching(many, CPU)["idx"].numel() == 16 + 4 * 9 + 4  # padded to 56
 
 def test_rows_that_branch_learn_the_same_with_every_offload():
     pairs, grads = branching_cases(), []
+    split = lambda groups, device: batches.branching(each_alone(groups), device)
     for changes in ({}, {"microbatch": 1}, {"offload": "optimizer"}, {"offload": "all"}):
-        for split in (False, True):
+        for branching in (batches.branching, split):
             cfg = reward.Config(batch=len(pairs), **changes)
             net = m.setup_training(tiny(Scorer), cfg, CPU)
             adam = memory.make_optimizer(net, cfg)
-            def alone(groups, device):
-                rows = [row for rows in groups for row in rows]
-                keep = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)])
-                return {"idx": pad(rows), "keep": tuple(keep.T)}
-            with mock.patch.object(m, "branching", alone if split else batches.branching):
+            with mock.patch.object(m, "branching", branching):
                 reward.learn(net, [([], *pair) for pair in pairs], cfg)
             grads.append([master.grad for master in adam.masters])
-    for other in grads[1:]:
-        for a, b in zip(grads[0], other):
-            close(a, b, 3e-6 * max(1, b.abs().max().item()))
+    all_close(grads)
 
-def test_a_branch_does_not_see_its_sisters_and_a_group_may_have_many():
-    ids = random_ids(1, 60).flatten().tolist()
-    rows = [ids[:16] + ids[16 + 4 * i:20 + 4 * i] for i in range(9)]
-    close(tiny(Scorer).scores([rows]), tiny(Scorer).scores([[row] for row in rows]), 1e-6)
-    assert batches.branching([rows], CPU)["idx"].numel() == 16 + 4 * 9 + 4  # padded to 56
-
-def test_logits_far_from_zero_are_as_exact_in_bfloat16_as_those_near_it():
-    # GPT-2's own lie near -100, where bfloat16 has steps of 0.5
-    noise = torch.randn(1000, 256, generator=rng(0)) * 0.3
-    hidden = torch.randn(64, 256, generator=rng(1)) + 0.5
-    moved = hidden + 0.01 * torch.randn(hidden.shape, generator=rng(2))
-    errors, ratios, wrong = [], [], []
-    for offset in (0.0, -100 / (256 * 0.5)):
-        weight = (noise + offset).bfloat16()
-        targets = (hidden @ noise.T).argmax(1)  # tokens as a policy would choose them
-        exact, got = [], []
-        for h in (hidden.bfloat16(), moved.bfloat16()):
-            logprobs = (h.double() @ weight.double().T).log_softmax(-1)
-            exact.append(logprobs[torch.arange(64), targets])
-            got.append(token_logprobs(h, weight, targets, chunk=300)[0].double())
-            net = GPT(GPTConfig(1000, 8, 0, 1, 256, "tiny")).bfloat16()
-            net.wte.weight.data = weight
-            close(net.logits(h).log_softmax(-1)[torch.arange(64), targets], exact[-1], 0.1)
-        errors.append((got[0] - exact[0]).square().mean().sqrt())
-        ratios.append((got[1] - got[0] - (exact[1] - exact[0])).exp())
-        plain = [(h @ weight.T).float().log_softmax(-1)[torch.arange(64), targets]
-                 for h in (hidden.bfloat16(), moved.bfloat16())]
-        wrong.append((plain[1] - plain[0] - (exact[1] - exact[0])).exp())
-    assert errors[1] < 1.5 * errors[0], errors
-    assert all((r - 1).abs().max() < 0.2 for r in ratios)
-    assert (wrong[1] - 1).abs().max() > 0.2  # the mistake
-
-def test_equal_prompts_are_read_once_and_the_device_is_asked_once_a_token():
-    net, prompts = tiny(), [[5, 6, 7]] * 3 + [[8, 9]] * 2 + [[5, 6, 7]]
-    u = torch.rand(6, 12, generator=rng(0))
-    alone = [generate(net, [p], 12, TINY.end, u=u[i:i + 1])[0] for i, p in enumerate(prompts)]
-    rows, waits, to_list = [], [], torch.Tensor.tolist
-    watch = net.h[0].register_forward_hook(lambda block, args, out: rows.append(out.size(0)))
-    def wait(t):
-        waits.append(t.shape)
-        return to_list(t)
-    asks = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("item", "__bool__", "__int__")}
-    with mock.patch.object(torch.Tensor, "tolist", wait), mock.patch.multiple(torch.Tensor, **asks):
-        together = generate(net, prompts, 12, TINY.end, u=u)
-    watch.remove()
-    assert together == alone and rows[0] == 2 and rows[1] <= 6
-    assert len(waits) == max(map(len, together))
-
-def test_a_dry_run_counts_what_a_step_keeps_for_backward(tmp_path):
-    for stage in (sft, reward):
-        a, b = (quiet(stage.main, small(stage, tmp_path, init="scratch", batch=batch, dry_run=True))[0]
-                ["phases"]["update"]["owners"]["activations"] for batch in (4, 8))
-        assert b > 1.8 * a
-
-def test_rows_that_branch_take_less_memory():
+def test_rows_that_branch_take_less_memory_and_a_dry_run_counts_what_is_kept_for_backward(tmp_path):
     peaks, prompt = [], list(range(200))
     for pair in ((prompt + [1] * 56, prompt + [2] * 56), ([1] * 256, [2] * 256)):
         with dry_run.dry_run() as count:
@@ -1243,12 +1085,32 @@ def test_rows_that_branch_take_less_memory():
             reward.learn(net, [([], *pair)] * 8, reward.Config(batch=8))
         peaks.append(count.phases["update"]["peak_device_bytes"])
     assert peaks[0] < 0.75 * peaks[1], peaks
+    for stage in (sft, reward):
+        a, b = (run(stage, tmp_path, init="scratch", batch=batch, dry_run=True)[0]
+                ["phases"]["update"]["owners"]["activations"] for batch in (4, 8))
+        assert b > 1.8 * a, stage
 
-def test_shift_adds_a_constant_to_every_score():
-    net, idx = tiny(Scorer), random_ids(3, 8)
-    before = values_of(net, idx)
-    net.shift(1.5)
-    close(values_of(net, idx), before + 1.5)
+def test_logits_far_from_zero_are_as_exact_in_bfloat16_as_those_near_it():
+    # GPT-2's own lie near -100, where bfloat16 has steps of 0.5
+    noise = torch.randn(1000, 256, generator=rng(0)) * 0.3
+    hidden = torch.randn(64, 256, generator=rng(1)) + 0.5
+    moved = hidden + 0.01 * torch.randn(hidden.shape, generator=rng(2))
+    targets = (hidden @ noise.T).argmax(1)  # tokens as a policy would choose them
+    logprobs = lambda logits: logits.log_softmax(-1)[torch.arange(64), targets]
+    net, errors, ratios, wrong = GPT(GPTConfig(1000, 8, 0, 1, 256, "tiny")).bfloat16(), [], [], []
+    for offset in (0.0, -100 / (256 * 0.5)):
+        net.wte.weight.data = weight = (noise + offset).bfloat16()
+        exact, got, plain = [], [], []
+        for h in (hidden.bfloat16(), moved.bfloat16()):
+            exact.append(logprobs(h.double() @ weight.double().T))
+            got.append(token_logprobs(h, weight, targets, chunk=300)[0].double())
+            plain.append(logprobs((h @ weight.T).float()))  # the mistake
+            close(logprobs(net.logits(h)), exact[-1], 0.1)
+        errors.append((got[0] - exact[0]).square().mean().sqrt())
+        ratios.append((got[1] - got[0] - (exact[1] - exact[0])).exp())
+        wrong.append((plain[1] - plain[0] - (exact[1] - exact[0])).exp())
+    assert errors[1] < 1.5 * errors[0], errors
+    assert all((r - 1).abs().max() < 0.2 for r in ratios) and (wrong[1] - 1).abs().max() > 0.2
 
 def test_logits_equal_those_of_transformers(tmp_path):
     # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
@@ -1266,17 +1128,35 @@ def test_logits_equal_those_of_transformers(tmp_path):
         hub.write_safetensors(path, tensors)
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # data begin at a multiple of 8 bytes
         net = m.load_model(path.parent, cls)
-        out = net.logits(net(ids))[0, -1, :6] if cls is GPT else net.scores([ids.tolist()])
-        close(out, golden, 2e-5)
+        close(net.logits(net(ids))[0, -1, :6] if cls is GPT else net.scores([ids.tolist()]), golden, 2e-5)
+
+def test_equal_prompts_are_read_once_and_the_device_is_asked_once_a_token():
+    net, prompts = tiny(), [[5, 6, 7]] * 3 + [[8, 9]] * 2 + [[5, 6, 7]]
+    u = torch.rand(6, 12, generator=rng(0))
+    alone = [generate(net, [p], 12, TINY.end, u=u[i:i + 1])[0] for i, p in enumerate(prompts)]
+    waits, to_list = [], torch.Tensor.tolist
+    def wait(t):
+        waits.append(t.shape)
+        return to_list(t)
+    asks = {name: mock.Mock(side_effect=AssertionError(name)) for name in ("item", "__bool__", "__int__")}
+    with mock.patch.multiple(torch.Tensor, tolist=wait, **asks), \
+         mock.patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as forward:
+        together = generate(net, prompts, 12, TINY.end, u=u)
+    rows = [len(call.args[1]) for call in forward.call_args_list]
+    assert together == alone and rows[0] == 2 and rows[1] <= 6
+    assert len(waits) == max(map(len, together))
 
 def until(end, reply):
     return reply[:reply.index(end) + 1] if end in reply else reply
 
-def test_generation_ends_per_row_and_when_all_have_ended():
+def test_generation_ends_per_row_whoever_its_neighbours_are_and_when_all_have_ended():
+    net, prompts = tiny(spread=0.1), [[5, 6], [7, 8, 9], [10]]
+    free = generate(net, prompts, 16, -1, generator=rng(1))
+    cut = generate(net, prompts, 16, free[0][2], generator=rng(1))
+    assert cut == [until(free[0][2], reply) for reply in free]
     net, prompts = tiny(), [[5, 6, 7], [8], [9, 10]]
     free = greedy(net, prompts, 12)
-    stopped, shapes = watched(net, prompts, 12, end=free[0][3])
-    assert stopped == [until(free[0][3], reply) for reply in free]
+    assert greedy(net, prompts, 12, end=free[0][3]) == [until(free[0][3], reply) for reply in free]
     # no more work for what has ended, in eights
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(19)]
     free = greedy(net, prompts, 12)
@@ -1296,14 +1176,7 @@ def test_a_bfloat16_model_decodes_what_its_full_forward_says():
     net, prompt = tiny().to(torch.bfloat16), [5, 6, 7, 8]
     reply = greedy(net, [prompt, prompt[:2]], 10)[0]
     table = logits(net, prompt + reply)[len(prompt) - 1:-1]
-    chosen = table.gather(1, torch.tensor(reply)[:, None])
-    assert (table.max(1, keepdim=True).values - chosen).max() < 0.1  # the likeliest, but for rounding
-
-def test_a_reply_does_not_depend_on_its_neighbours_lengths():
-    net, prompts = tiny(spread=0.1), [[5, 6], [7, 8, 9], [10]]
-    free = generate(net, prompts, 16, -1, generator=rng(1))
-    cut = generate(net, prompts, 16, free[0][2], generator=rng(1))
-    assert cut == [until(free[0][2], reply) for reply in free]
+    assert (table.max(1).values - table[torch.arange(10), reply]).max() < 0.1  # likeliest, but for rounding
 
 def test_top_k_and_top_p_keep_exactly_the_most_likely():
     row, u = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.rand(2000, generator=rng(0))
@@ -1315,287 +1188,236 @@ def test_top_k_and_top_p_keep_exactly_the_most_likely():
     # never a token that was filtered out
     assert m.sample(row.repeat(2, 1), torch.tensor([0.0, 1 - 2 ** -24]), top_k=2).tolist() == [0, 1]
 
-def test_tokens_are_seen_as_they_come():
+def test_tokens_are_seen_as_they_come_and_prompts_that_do_not_fit_are_refused():
     seen = []
     replies = generate(tiny(), [[5, 6], [7]], 4, -1, generator=rng(0), on_token=lambda *x: seen.append(x))
     assert [[t for row, t in seen if row == i] for i in (0, 1)] == replies and len(seen) == 8
-
-def test_generation_refuses_what_does_not_fit():
     for prompts in ([[1] * 60], [[]], [[1], []]):
         refuses(lambda: generate(tiny(), prompts, 10, end=-1), kind=ValueError)
 
-def test_the_chat_answers_one_prompt(tmp_path):
-    run(sft, tmp_path)
-    cfg = m.Config(model=str(tmp_path / "out/sft"), prompt="Hello" * 100, dtype="float32", device="cpu")
-    answer, text = quiet(m.main, cfg)
-    assert answer in text
+def chat(cfg, *typed, **instead):
+    """-> what main() returned and printed, where this is typed in and functions of model.py are replaced."""
+    with mock.patch("builtins.input", side_effect=typed), mock.patch.multiple(m, **instead):
+        return quiet(m.main, cfg)
 
 def test_the_chat_keeps_turns_resets_compares_and_stops_at_ctrl_c(tmp_path):
-    for name, net in (("a", tiny()), ("b", tiny(seed=1)), ("reward_model", tiny(Scorer))):
-        save(tmp_path / name, net)
-    a, b, reward_model = (str(tmp_path / name) for name in ("a", "b", "reward_model"))
-    cfg = m.Config(model=a, compare=b, reward=reward_model, dtype="float32", device="cpu", max_new_tokens=8)
+    run(sft, tmp_path)
+    save(tmp_path / "b", tiny(seed=1))
+    save(tmp_path / "reward_model", tiny(Scorer))
+    one = m.Config(model=str(tmp_path / "out/sft"), dtype="float32", device="cpu")
+    answer, text = quiet(m.main, dataclasses.replace(one, prompt="Hello" * 100))
+    assert answer in text
     seen = []
     def speak(net, tokenizer, messages, *_):
         seen.append([(turn["role"], turn["content"]) for turn in messages])
         return "Yes."
-    with mock.patch("builtins.input", side_effect=["Hi", "And?", "/reset", "Bye", EOFError]), \
-         mock.patch.object(m, "reply", speak):
-        _, text = quiet(m.main, cfg)
-    first = [("user", "Hi")]
-    second = [*first, ("assistant", "Yes."), ("user", "And?")]
-    assert seen == [first] * 2 + [second] * 2 + [[("user", "Bye")]] * 2  # each of both models
-    assert text.count("(score ") == 6 and f"{b}: " in text
+    three = dataclasses.replace(one, compare=str(tmp_path / "b"), reward=str(tmp_path / "reward_model"))
+    _, text = chat(three, "Hi", "And?", "/reset", "Bye", EOFError, reply=speak)
+    second = [("user", "Hi"), ("assistant", "Yes."), ("user", "And?")]
+    assert seen == [second[:1]] * 2 + [second] * 2 + [[("user", "Bye")]] * 2  # each of both models
+    assert text.count("(score ") == 6 and f"{three.compare}: " in text
     def interrupted(*_, on_token):
         on_token(0, TINY.encode(" yes")[0])
         raise KeyboardInterrupt
-    with mock.patch.object(m, "generate", interrupted):
-        answer, _ = quiet(m.main, dataclasses.replace(cfg, compare="", reward="", prompt="Well?"))
-    assert answer == " yes"
+    assert chat(dataclasses.replace(one, prompt="Well?"), generate=interrupted)[0] == " yes"
 
-def test_the_chat_forgets_whole_exchanges_oldest_first(tmp_path):
+def test_the_chat_forgets_whole_exchanges_oldest_first_and_survives_odd_bytes_and_a_lost_terminal(tmp_path):
     save(tmp_path / "a", tiny())
     save(tmp_path / "r", tiny(Scorer, n_positions=40))
     cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=24)
-    scored, asked = [], []
-    def speak(net, prompts, *_, **__):
-        asked.append(TINY.decode(prompts[0]))
-        return []
-    typed = [*(f"{i} is a number?" for i in range(8)), EOFError]
-    with mock.patch("builtins.input", side_effect=typed), mock.patch.object(m, "generate", speak):
-        quiet(m.main, cfg)
-    for i, prompt in enumerate(asked):  # each begins with a whole question and holds all from there on
+    speak = mock.Mock(return_value=[])
+    chat(cfg, *(f"{i} is a number?" for i in range(8)), EOFError, generate=speak)
+    assert speak.call_count == 8
+    for i, call in enumerate(speak.call_args_list):  # a whole question, and all from there on
+        prompt = TINY.decode(call.args[1][0])
         first = int(prompt[0])
         assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 4)
     dialogue = [user("a b c d"), assistant("e")] * 9
-    with mock.patch.object(Scorer, "scores", lambda self, groups: scored.extend(groups[0]) or torch.zeros(1)):
+    with mock.patch.object(Scorer, "scores", return_value=torch.zeros(1)) as scores:
         m.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
-    assert scored[0] == TINY.render(dialogue[-len(scored[0]) // 8 * 2:])[0][-len(scored[0]):]
-    assert scored[0][0] == TINY.user and 24 < len(scored[0]) <= 40
+    [[ids]] = scores.call_args.args[0]
+    assert ids == TINY.render(dialogue[-len(ids) // 8 * 2:])[0][-len(ids):]
+    assert ids[0] == TINY.user and 24 < len(ids) <= 40
     question = [user("x " * 99)]
     assert m.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
-
-def test_the_chat_survives_odd_bytes_and_a_lost_terminal(tmp_path):
-    save(tmp_path / "a", tiny())
-    cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=3)
-    with mock.patch("builtins.input", side_effect=["caf\udce9", OSError]), \
-         mock.patch.object(m, "reply", return_value="") as said:
-        quiet(m.main, cfg)
+    said = mock.Mock(return_value="")
+    chat(cfg, "caf\udce9", OSError, reply=said)
     assert said.call_args.args[2][0]["content"] == "caf?"
     with mock.patch.object(sys, "stdin", None):
         refuses(lambda: m.main(cfg), "Standard input is closed", "--prompt")
 
 def test_a_check_is_matched_in_full_and_given_up_after_a_second():
-    row = lambda check: {"prompt": [user("What?")], "check": check}
-    assert evaluation.passes_check(row("red"), "red") and not evaluation.passes_check(row("red"), "red or blue")
+    passes = lambda check, text: evaluation.passes_check({"prompt": [user("What?")], "check": check}, text)
+    assert passes("red", "red") and not passes("red", "red or blue")
     errors, began, setitimer = io.StringIO(), time.time(), signal.setitimer
-    with mock.patch.object(evaluation.signal, "setitimer", lambda which, s: setitimer(which, s / 10)):
-        with contextlib.redirect_stderr(errors):
-            assert [evaluation.passes_check(row(r"(?s)(.?.?)*\x00"), "x" * 60) for _ in range(2)] == [False] * 2
+    with mock.patch.object(evaluation.signal, "setitimer", lambda which, s: setitimer(which, s / 10)), \
+         contextlib.redirect_stderr(errors):
+        assert [passes(r"(?s)(.?.?)*\x00", "x" * 60) for _ in range(2)] == [False] * 2
     assert time.time() - began < 5 and errors.getvalue().count("(.?.?)*") == 1
     assert "'What?'" in errors.getvalue() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 # --- data/prepare.py ----------------------------------------------------------------------------------------
 
+def become(messages, *pairs):
+    """All rows that one dialogue, or the better one of a pair, becomes: a demonstration and a prompt, too."""
+    return {"sft": [{"messages": messages}], "preferences": [*pairs], "prompts": [{"prompt": messages[:-1]}]}
+
+parts = lambda text: [{"type": "text", "text": text}]
 Q, A, B = [user("Why?")], "Because.", "No idea."
-TALK = [*Q, assistant(A)]
+TALK, WRONG = [*Q, assistant(A)], [*Q, assistant(B)]
 PAIR = {"prompt": Q, "chosen": A, "rejected": B}
-# one record of each format -> what it must become; a preference is also a demonstration and a prompt
-FORMATS = {
+PAIRS, TALKS = become(TALK, PAIR), become(TALK)
+BRIEF = become([user("Be brief.\n\nWhy?"), assistant(A)])
+FORMATS = {  # one record of each format -> what it must become
     "hh": ({"chosen": f"\n\nHuman: Why?\n\nAssistant: {A}", "rejected": f"\n\nHuman: Why?\n\nAssistant: {B}"},
-           PAIR),
-    "trl strings": ({"prompt": "Why?", "chosen": A, "rejected": B}, PAIR),
-    "trl messages": ({"prompt": Q, "chosen": [assistant(A)], "rejected": [assistant(B)]}, PAIR),
-    "ultrafeedback": ({"prompt": "Why?", "chosen": TALK, "rejected": [*Q, assistant(B)],
-                       "score_chosen": 7.5}, PAIR),
-    "ranked": ({"instruction": "Why?", "output_1": B, "output_2": A, "preference": 2}, PAIR),
-    "alpaca": ({"instruction": "Why?", "input": "", "output": A}, TALK),
+           PAIRS),
+    "trl strings": ({"prompt": "Why?", "chosen": A, "rejected": B}, PAIRS),
+    "trl messages": ({"prompt": Q, "chosen": [assistant(A)], "rejected": [assistant(B)]}, PAIRS),
+    "ultrafeedback": ({"prompt": "Why?", "chosen": TALK, "rejected": WRONG, "score_chosen": 7.5}, PAIRS),
+    "ranked": ({"instruction": "Why?", "output_1": B, "output_2": A, "preference": 2}, PAIRS),
+    "lists with a prompt of their own": ({"prompt": "How?", "chosen": TALK, "rejected": WRONG}, PAIRS),
+    "alpaca": ({"instruction": "Why?", "input": "", "output": A}, TALKS),
     "alpaca input": ({"instruction": "Add.", "input": "1 2", "output": "3"},
-                     [user("Add.\n\n1 2"), assistant("3")]),
-    "dolly": ({"instruction": "Why?", "context": "", "response": A, "category": "qa"}, TALK),
-    "completion": ({"prompt": "Why?", "completion": A}, TALK),
-    "response": ({"prompt": "Why?", "response": A}, TALK),
-    "question": ({"question": "Why?", "answer": A}, TALK),
-    "openai": ({"messages": [{"role": "system", "content": "Be brief."}, *TALK]},
-               [user("Be brief.\n\nWhy?"), assistant(A)]),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": A}]}, TALK),
-    "content in parts": ({"messages": [
-        {**said, "content": [{"type": "text", "text": said["content"]}]} for said in TALK]}, TALK),
-    "nulls": ({"messages": TALK, "prompt": None, "chosen": None, "rejected": None, "text": None}, TALK),
-    "system and history": ({"instruction": "Why?", "output": A, "system": "Be brief.",
-                            "history": [["a", "b"]]},
-                           [user("Be brief.\n\na"), assistant("b"), *TALK]),
-    "reply in parts": ({"prompt": "Why?", "completion": [{"type": "text", "text": A}]}, TALK),
+                     become([user("Add.\n\n1 2"), assistant("3")])),
+    "dolly": ({"instruction": "Why?", "context": "", "response": A, "category": "qa"}, TALKS),
+    "completion": ({"prompt": "Why?", "completion": A}, TALKS),
+    "response": ({"prompt": "Why?", "response": A}, TALKS),
+    "question": ({"question": "Why?", "answer": A}, TALKS),
+    "openai": ({"messages": [{"role": "system", "content": "Be brief."}, *TALK]}, BRIEF),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": A}]}, TALKS),
+    "content in parts": ({"messages": [{**x, "content": parts(x["content"])} for x in TALK]}, TALKS),
+    "nulls": ({"messages": TALK, "prompt": None, "chosen": None, "rejected": None, "text": None}, TALKS),
+    "system, history": ({"instruction": "Why?", "output": A, "system": "Be brief.", "history": [["a", "b"]]},
+                        become([user("Be brief.\n\na"), assistant("b"), *TALK])),
+    "reply in parts": ({"prompt": "Why?", "completion": parts(A)}, TALKS),
+    "message in parts": ({"prompt": "Why?", "completion": [assistant(parts(A))]}, TALKS),
     "history of messages": ({"prompt": "Why?", "completion": A, "history": [user("a"), assistant("b")]},
-                            [user("a"), assistant("b"), *TALK]),
-    "system, prompt, output": ({"prompt": "Why?", "output": A, "system_prompt": "Be brief."},
-                               [user("Be brief.\n\nWhy?"), assistant(A)]),
+                            become([user("a"), assistant("b"), *TALK])),
+    "system, prompt, output": ({"prompt": "Why?", "output": A, "system_prompt": "Be brief."}, BRIEF),
     "context": ({"question": "Why?", "context": "It rains.", "answer": A},
-                [user("Why?\n\nIt rains."), assistant(A)]),
-    "text": ({"text": "Once upon a time."}, {"text": "Once upon a time."}),
+                become([user("Why?\n\nIt rains."), assistant(A)])),
+    "text": ({"text": "Once."}, {"sft": [{"text": "Once."}], "preferences": [], "prompts": []}),
 }
 
 def convert(root, *records, name="in.jsonl", fresh=True, **flags):
-    """-> ({kind: rows, train before held out}, what was printed)."""
+    """Records, or the bytes of a file -> ({kind: rows, train before held out}, what was printed)."""
     path, out = root / name, root / "prepared"
     if fresh:
         shutil.rmtree(out, ignore_errors=True)
-    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
-    text = json.dumps(records) if ".json" in path.suffixes else "\n".join(lines)
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    lines = [r if isinstance(r, (bytes, str)) else json.dumps(r, ensure_ascii=False) for r in records]
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     _, text = quiet(prepare.main, [path], out, **flags)
-    return {kind: [row for path in (out / f"{kind}.jsonl", out / f"{kind}.val.jsonl") if path.exists()
-                   for row in jsonl(path)] for kind in prepare.KINDS}, text
+    return {kind: sum(map(jsonl, sorted(out.glob(f"{kind}.*"))), []) for kind in prepare.KINDS}, text
 
-def test_every_format_becomes_our_rows(tmp_path):
+def test_every_format_becomes_our_rows_and_a_file_is_known_by_its_first_bytes(tmp_path):
     for name, (record, want) in FORMATS.items():
-        expected = {"sft": [want], "preferences": [], "prompts": []}
-        if want is PAIR:
-            expected = {"sft": [{"messages": TALK}], "preferences": [PAIR], "prompts": [{"prompt": Q}]}
-        elif isinstance(want, list):
-            expected |= {"sft": [{"messages": want}], "prompts": [{"prompt": want[:-1]}]}
-        assert convert(tmp_path, record)[0] == expected, name
-
-def test_lists_that_do_not_repeat_the_prompt_column_have_a_prompt_of_their_own():
-    pair = {"prompt": "How?", "chosen": TALK, "rejected": [*Q, assistant(B)]}
-    [(_, row)] = [x for x in prepare.convert(pair) if x[0] == "preferences"]
-    assert row["prompt"] == Q
-    talk = {"prompt": "How?", "completion": [{"role": "assistant", "content": [{"type": "text", "text": A}]}]}
-    [(_, row)] = [x for x in prepare.convert(talk) if x[0] == "sft"]
-    assert row["messages"][-1] == assistant(A)
-
-def test_no_row_of_a_book_is_longer_than_twice_the_size(tmp_path):
-    (tmp_path / "book.txt").write_text(("x" * 299 + "\n") * 50)  # no blank line
-    sizes = [len(row["text"]) for _, row in prepare.text_chunks(tmp_path / "book.txt", 500)]
-    assert sum(sizes) == 15000 and max(sizes) == 1000
-
-def test_json_jsonl_and_txt_plain_and_zipped_say_the_same(tmp_path):
-    want = {"sft": [{"messages": TALK}], "preferences": [], "prompts": [{"prompt": Q}]}
-    for name in ("in.json", "in.jsonl", "in.json.gz", "in.jsonl.gz"):
-        assert convert(tmp_path, FORMATS["alpaca"][0], name=name)[0] == want, name
-    text = "".join(f"Line {i} of a long story.\n\n" for i in range(500))
-    for name in ("in.txt", "in.txt.gz"):
-        rows, _ = convert(tmp_path, text, name=name, val_fraction=0.0)
-        assert "".join(row["text"] for row in rows["sft"]) == text, name
+        assert convert(tmp_path, record)[0] == want, name
+    record, want = FORMATS["alpaca"]
+    line, indented = json.dumps(record).encode(), json.dumps(record, indent=1).encode()
+    one, book = b"[" + line + b"]", b"".join(b"Line %d of a long story.\n\n" % i for i in range(500))
+    for name, data in (
+            ("in.json", one), ("in.jsonl", line), ("in.json.gz", gzip.compress(one)), ("in.jsonl", indented),
+            ("in.jsonl.gz", gzip.compress(line)), ("in.jsonl", gzip.compress(line)), ("in.jsonl.gz", line),
+            ("in.jsonl", one), ("in.jsonl", json.dumps([record], indent=1).encode()),
+            ("in.jsonl", line.decode().encode("utf-16"))):
+        assert convert(tmp_path, data, name=name)[0] == want, (name, data)
+    assert convert(tmp_path, line, line, b"", name="in.json")[0]["sft"] == 2 * want["sft"]
+    for name, data in (("in.txt", book), ("in.txt.gz", gzip.compress(book))):
+        rows, _ = convert(tmp_path, data, name=name, val_fraction=0.0)
+        assert "".join(row["text"] for row in rows["sft"]) == book.decode(), name
+    for data, *fragments in ((b"PAR1\0", "read_parquet"), (b"PK\3\4", "zip"), (b"\xff" * 4 + b"\0", "Arrow"),
+                             (b"version https://git-lfs", "git lfs pull"), (b'"a","b"\nc,d\n', ":1", ".csv"),
+                             ("hello".encode("utf-16-le"), "UTF-8"), (b"<html>", "web page")):
+        refuses(lambda: convert(tmp_path, data), "in.jsonl", *fragments)
+    refuses(lambda: convert(tmp_path, b"one\ncaf\xe9 two", name="in.txt"), "in.txt:2", "iconv")
 
 def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(tmp_path):
-    bad = {"empty reply": {"prompt": "x", "completion": "  "},
-           "both replies are equal": {**PAIR, "rejected": A},
-           "prompts of chosen and rejected differ": {
-               "chosen": TALK, "rejected": [user("What?"), assistant(B)]},
-           "turns do not alternate": {"messages": [user("a"), user("b"), assistant("c")]},
-           "no known format": {"foo": 1}, "broken JSON": '{"prompt": ', "not a JSON object": "[1, 2]",
-           "no clear preference": {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 0},
+    said = lambda reply, **more: {"prompt": "x", "completion": reply, **more}
+    ours = {"agreement is 'high'": {**PAIR, "agreement": "high"}, "skill is not text": {**PAIR, "skill": 3},
+            "agreement is 'nan'": {**PAIR, "agreement": math.nan},
+            "not a regular expression (": {"prompt": Q, "check": "("},
+            "not a regular expression (OverflowError": {"prompt": Q, "check": "x{1,99999999999}"}}
+    bad = {"empty reply": said("  "), "is not text": said(7), "label is false": said("bad", label=False),
+           "cannot be converted (TypeError": said("y", history=5), "no known format": {"foo": 1},
+           "a turn is not an object": said("y", history=[["a", "b"], "cd"]),
+           "both replies are equal": {**PAIR, "rejected": A}, "is not the assistant's": {"messages": Q},
+           "prompts of chosen and rejected differ": {"chosen": TALK, "rejected": [user("What?"), WRONG[1]]},
+           "turns do not alternate": {"messages": [*Q, *Q, assistant(A)]},
            "unknown role": {"messages": [{"role": "oracle", "content": "x"}, assistant("y")]},
-           "is not the assistant's": {"messages": [user("a")]},
-           "is not text": {"prompt": "x", "completion": 7},
+           "system message that no": {"messages": [*Q, {"role": "system", "content": "s"}, assistant("b")]},
+           "no clear preference": {"instruction": "x", "output_1": "a", "output_2": "b", "preference": 0},
            "input is not text": {"instruction": "x", "input": ["a"], "output": "b"},
-           "label is false": {"prompt": "x", "completion": "bad", "label": False},
            "one message of a tree": {"message_id": "1", "parent_id": None, "text": "hi", "role": "prompter"},
-           "lone surrogate": '{"prompt": "x", "completion": "\\ud83d"}', "too deep": "[" * 10**5,
-           "system message that no": {
-               "messages": [user("a"), {"role": "system", "content": "s"}, assistant("b")]},
-           "not a regular expression (OverflowError": {"prompt": "x", "check": "x{1,99999999999}"},
-           "agreement is 'high'": {**PAIR, "agreement": "high"}, "skill is not text": {**PAIR, "skill": 3},
-           "cannot be converted (TypeError": {"prompt": "x", "history": 5, "completion": "y"},
-           "a turn is not an object": {"prompt": "x", "history": [["a", "b"], "cd"], "completion": "y"}}
-    for reason, record in bad.items():
+           "broken JSON": '{"prompt": ', "not a JSON object": "[1, 2]", "too deep": "[" * 10**5,
+           "lone surrogate": '{"prompt": "x", "completion": "\\ud83d"}'}
+    for reason, record in (bad | ours).items():
         rows, text = convert(tmp_path, PAIR, record, FORMATS["alpaca"][0], fresh=False)
         assert "in.jsonl:2: " in text and reason in text, (reason, text)
         assert (len(rows["sft"]), len(rows["preferences"])) == (2, 1), reason
         refuses(lambda: convert(tmp_path, PAIR, record, strict=True), "in.jsonl:2: ", reason)
+    for reason, row in ours.items():  # in a folder of ours such rows are refused when they are loaded, too
+        kind = "preferences" if "chosen" in row else "prompts"
+        (tmp_path / f"{kind}.jsonl").write_text("\n" + json.dumps(row))
+        refuses(lambda: prepare.load(tmp_path, kind), f"{kind}.jsonl:2", reason, "Mend or delete that line")
+    _, text = convert(tmp_path, {**PAIR, "score": 1}, {**PAIR, "id": 2}, *[{"foo": 1}] * 30)
+    assert text.count("no known format") == 21 and "dropped 30: no known format" in text  # complaints end
+    assert "in.jsonl: columns not used: id, score\n" in text
 
-def test_a_broken_json_file_stops_and_leaves_earlier_output(tmp_path):
+def test_whatever_goes_wrong_earlier_output_stays_and_is_named(tmp_path):
     convert(tmp_path, PAIR)
-    bad, out = tmp_path / "bad.json", tmp_path / "prepared"
+    out, bad, source = tmp_path / "prepared", tmp_path / "bad.json", tmp_path / "in.jsonl"
+    before = {path: path.read_bytes() for path in out.iterdir()}
     bad.write_text('[{"prompt": "x",\n "completion" "y"}]')
-    refuses(lambda: prepare.main([bad], out), "bad.json:2", "broken JSON")
+    for path, to, *fragments in (
+            (bad, out, "bad.json:2", "broken JSON"), (tmp_path / "none", out, "no such file"),
+            (out / "sft.jsonl", out, "prepared/sft.jsonl", "Choose another --out"),
+            (source, source, "--out=", "cannot be written")):
+        refuses(lambda: prepare.main([path], to), *fragments)
     refuses(lambda: prepare.load(bad, "sft"), "bad.json:2", "broken JSON")
-    refuses(lambda: prepare.main([tmp_path / "none"], out), "no such file")
-    assert [p.suffix for p in out.iterdir()] == [".jsonl"] * 3 * 2
+    with mock.patch.object(prepare.os, "replace", side_effect=OSError(errno.ENOSPC, "no space left")):
+        refuses(lambda: prepare.main([source], out), "--out=", "no space left")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.suffix for path in before] == [".jsonl"] * 3 * 2
+    _, text = convert(tmp_path, FORMATS["text"][0], fresh=False)
+    assert "preferences.jsonl: left from an earlier preparation" in text and "sft.jsonl: left" not in text
 
-def test_a_file_is_known_by_its_first_bytes_whatever_its_name(tmp_path):
-    record, row = FORMATS["alpaca"][0], {"messages": TALK}
-    line, path, out = json.dumps(record), tmp_path / "in.jsonl", tmp_path / "out"
-    for name, data in (("in.jsonl", gzip.compress(line.encode())), ("in.jsonl.gz", line.encode()),
-                       ("in.json", f"{line}\n{line}\n".encode()), ("in.jsonl", f"[{line}]".encode()),
-                       ("in.jsonl", json.dumps([record], indent=1).encode()),
-                       ("in.jsonl", json.dumps(record, indent=1).encode()),
-                       ("in.jsonl", line.encode("utf-16"))):
-        (tmp_path / name).write_bytes(data)
-        quiet(prepare.main, [tmp_path / name], out, val_fraction=0.0)
-        assert jsonl(out / "sft.jsonl")[0] == row, (name, data)
-    for data, *fragments in ((b"PAR1\0", "read_parquet"), (b"PK\3\4", "zip"), (b"\xff" * 4 + b"\0", "Arrow"),
-                             (b"version https://git-lfs", "git lfs pull"), (b'"a","b"\nc,d\n', ":1", ".csv"),
-                             ("hello".encode("utf-16-le"), "UTF-8"), (b"<html>", "web page")):
-        path.write_bytes(data)
-        refuses(lambda: prepare.main([path], out), "in.jsonl", *fragments)
-    (tmp_path / "in.txt").write_bytes("one\ncaf\u00e9 two".encode("latin1"))
-    refuses(lambda: prepare.main([tmp_path / "in.txt"], out), "in.txt:2", "iconv")
-
-def test_a_text_file_stays_one_document_and_a_tenth_is_held_out(tmp_path):
+def test_a_text_file_stays_one_document_in_pieces_and_a_tenth_is_held_out(tmp_path):
+    book = tmp_path / "book.txt"
     for text in ("".join(f"line {i} of a book\n" for i in range(20_000)), "".join(map(str, range(80_000)))):
-        (tmp_path / "book.txt").write_text(text)
-        train, val = prepare.load(tmp_path / "book.txt", "sft")
+        book.write_text(text)
+        train, val = prepare.load(book, "sft")
         assert 0.03 < len(val) / len(train) < 0.25 and max(len(row["text"]) for row in train + val) < 6001
-        rows = [row for _, row in prepare.read(tmp_path / "book.txt", None)]
+        rows = [row for _, row in prepare.read(book, None)]
         assert "".join(row["text"] for row in rows) == text
         windows = [w for row in rows for w in tokenizer.encode_demonstration(row, TINY, 64)]
         assert windows[0][0][0] == TINY.end == windows[-1][1][-1]
         assert sum(idx.count(TINY.end) + targets.count(TINY.end) for idx, targets in windows) == 2
+    book.write_text(("x" * 299 + "\n") * 50)  # no blank line: at most twice the size
+    sizes = [len(row["text"]) for _, row in prepare.text_chunks(book, 500)]
+    assert sum(sizes) == 15000 and max(sizes) == 1000
 
-def test_what_is_not_used_or_left_over_is_named_and_complaints_end(tmp_path):
-    _, text = convert(tmp_path, {**PAIR, "score": 1}, {**PAIR, "id": 2}, *[{"foo": 1}] * 30)
-    assert text.count("no known format") == 21 and "dropped 30: no known format" in text
-    assert "in.jsonl: columns not used: id, score\n" in text
-    _, text = convert(tmp_path, FORMATS["text"][0], fresh=False)
-    assert "preferences.jsonl: left from an earlier preparation" in text and "sft.jsonl: left" not in text
-
-def test_writing_destroys_nothing(tmp_path):
-    convert(tmp_path, PAIR)
-    out = tmp_path / "prepared"
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    refuses(lambda: prepare.main([out / "sft.jsonl"], out), "prepared/sft.jsonl", "Choose another --out")
-    source = tmp_path / "in.jsonl"
-    refuses(lambda: prepare.main([source], source), "--out=", "cannot be written")
-    with mock.patch.object(prepare.os, "replace", side_effect=OSError(errno.ENOSPC, "no space left")):
-        refuses(lambda: prepare.main([source], out), "--out=", "no space left")
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-
-def test_our_own_rows_are_checked_when_they_are_loaded(tmp_path):
-    for kind, row, reason in (("preferences", {**PAIR, "agreement": "high"}, "agreement"),
-                              ("preferences", {**PAIR, "agreement": math.nan}, "agreement"),
-                              ("preferences", {**PAIR, "skill": 3}, "skill"),
-                              ("prompts", {"prompt": Q, "check": "("}, "not a regular expression (")):
-        (tmp_path / f"{kind}.jsonl").write_text("\n" + json.dumps(row))
-        refuses(lambda: prepare.load(tmp_path, kind), f"{kind}.jsonl:2", reason, "Mend or delete that line")
-
-def test_the_split_is_stable_and_keeps_a_prompts_rows_together(tmp_path):
-    pairs = lambda: ({"prompt": [user(f"Question {i % 50}?")], "chosen": f"{i}", "rejected": "b"}
-                     for i in range(400))
-    convert(tmp_path, *pairs(), val_fraction=0.3)
+def test_the_split_keeps_a_prompts_rows_together_and_is_loaded_as_written(tmp_path):
+    pairs = ({"prompt": [user(f"Question {i % 50}?")], "chosen": f"{i}", "rejected": B} for i in range(400))
+    convert(tmp_path, *pairs, val_fraction=0.3)
     rows = lambda name: jsonl(tmp_path / f"prepared/{name}.jsonl")
     questions = lambda name: {(row.get("prompt") or row["messages"])[0]["content"] for row in rows(name)}
     held_out = questions("preferences.val")
     assert 5 < len(held_out) < 25 and not held_out & questions("preferences")
     assert questions("prompts.val") == questions("sft.val") == held_out
-    dialogues = [{"messages": [*TALK, user(f"{i}?"), assistant("Yes.")]} for i in range(30)]
+    loaded = prepare.load(tmp_path / "prepared", "preferences")
+    assert tuple(loaded) == (rows("preferences"), rows("preferences.val"))
+    dialogues = ({"messages": [*TALK, user(f"{i}?"), assistant("Yes.")]} for i in range(30))
     others = ({"prompt": f"{i}", "completion": "b"} for i in range(30))
     convert(tmp_path, *dialogues, *others, val_fraction=0.5)
     assert sum(row["messages"][0] == Q[0] for row in rows("sft.val")) in (0, 30)  # all begin alike
-    convert(tmp_path, *pairs(), val_fraction=0.3)
-    loaded = prepare.load(tmp_path / "prepared", "preferences")
-    assert tuple(loaded) == (rows("preferences"), rows("preferences.val"))
 
-def test_limit_bom_unicode_and_our_own_rows_survive(tmp_path):
+def test_limit_max_tokens_bom_unicode_and_our_own_columns(tmp_path):
     rows, _ = convert(tmp_path, "\ufeff" + json.dumps(PAIR), {"text": "caf\u00e9 \U0001f600"})
     assert (rows["preferences"], rows["sft"][-1]["text"]) == ([PAIR], "caf\u00e9 \U0001f600")
     check = {"prompt": Q, "check": "Because\\.", "skill": "why"}
     assert convert(tmp_path, check, val_fraction=0.0)[0]["prompts"] == [check]
     assert len(convert(tmp_path, *({"text": f"number {i}"} for i in range(100)), limit=10)[0]["sft"]) == 10
-
-def test_rows_of_too_many_tokens_are_dropped_and_counted(tmp_path):
     with mock.patch.object(prepare, "token_counter", lambda: lambda row: len(str(row))):
         rows, text = convert(tmp_path, {"text": "short"}, {"text": "long " * 100}, max_tokens=50)
     assert rows["sft"] == [{"text": "short"}] and "dropped 1: sft of more than 50 tokens" in text
@@ -1603,146 +1425,126 @@ def test_rows_of_too_many_tokens_are_dropped_and_counted(tmp_path):
 
 def test_max_tokens_counts_all_that_is_said_in_gpt2s_tokens():
     gpt2()
-    count = prepare.token_counter()
-    assert count({"text": "one two three"}) == 3
-    assert count({"messages": [user("one"), assistant(" two")]}) == 2
-    assert count({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}) == 3
+    for row, n in (({"text": "one two three"}, 3), ({"messages": [user("one"), assistant(" two")]}, 2),
+                   ({"prompt": [user("one")], "chosen": " two", "rejected": " three four"}, 3)):
+        assert prepare.token_counter()(row) == n, row
 
 def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
-    def peak(n):
-        rows = (json.dumps({"prompt": f"Question {i}?", "completion": f"Answer {i}."}) for i in range(n))
-        (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    peaks, path = [], tmp_path / "many.jsonl"
+    for n in (10, 2_000, 20_000):  # the first warms up
+        rows = ({"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(n))
+        path.write_text("\n".join(map(json.dumps, rows)))
         tracemalloc.start()
-        quiet(prepare.main, [tmp_path / "many.jsonl"], tmp_path / "many")
-        size = tracemalloc.get_traced_memory()[1]
+        quiet(prepare.main, [path], tmp_path / "many")
+        peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        return size
-    peak(10)
-    assert peak(20_000) < peak(2_000) + 100_000
+    assert peaks[2] < peaks[1] + 100_000
 
-def test_the_bundled_set_is_what_its_generator_makes(tmp_path):
+def test_the_bundled_set_is_its_generators_holds_prompts_out_and_its_checks_tell_good_from_bad(tmp_path):
     quiet(make.main, tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (ROOT / "data/tiny" / path.name).read_bytes(), path.name
-
-def test_the_bundled_set_holds_prompts_out_and_its_checks_tell_good_from_bad():
-    load = cache(partial(prepare.load, ROOT / "data/tiny"))
-    dialogues = lambda kind, rows: [row["messages"] if kind == "sft" else row["prompt"] for row in rows]
-    asked = [{turn["content"] for kind in prepare.KINDS for turns in dialogues(kind, load(kind)[side])
-              for turn in turns if turn["role"] == "user"} for side in (0, 1)]
-    assert not asked[0] & asked[1]
-    rows = load("prompts")[1]
-    sets = prepare.by_set(rows)
-    assert {name: len(part) for name, part in sets.items()} == {
-        "held out": 600, "new facts": make.SETS["new facts"], "outside": make.SETS["outside"]}
-    for row in rows[::7]:
+    sft_rows, pairs, prompts = (prepare.load(ROOT / "data/tiny", kind) for kind in prepare.KINDS)
+    asked = lambda side: {turn["content"] for row in (*sft_rows[side], *pairs[side], *prompts[side])
+                          for turn in row.get("messages", row.get("prompt")) if turn["role"] == "user"}
+    assert not asked(0) & asked(1)
+    sets = prepare.by_set(prompts[1])
+    assert {name: len(rows) for name, rows in sets.items()} == {"held out": 600, **make.SETS}
+    for row in prompts[1][::7]:
         for text in ("I do not care.", "", "Sure."):
             assert not evaluation.passes_check(row, text) and not evaluation.passes_check(row, text, "right")
     row = next(row for row in sets["new facts"] if row["skill"] == "sum")
     a, b = map(int, re.findall(r"(\d) plus (\d)", row["check"])[0])
-    for text, right, good in ((f"Sure. That makes {a + b}.", 1, 1), (f"{a + b}", 1, 0),
-                              ("Gladly. It is 99.", 0, 0),
-                              (f"Sure. That makes {a + b}. My uncle has a wooden sledge.", 1, 0),
-                              (f"Everybody knows that: {a + b}.", 1, 0), (f"Sure!! It is {a + b}!!", 1, 0),
-                              (f"{a + b} plus {b} is 99.", 0, 0), (f"Sure. It is {a + b}, 4 or 7.", 0, 0),
-                              (f"Sure. {b} plus {a} is {a + b}.", 1, 1)):
-        assert [evaluation.passes_check(row, text, name) for name in ("right", "check")] == [right, good], text
+    c = a + b
+    for text, *want in ((f"Sure. That makes {c}.", 1, 1), (f"Sure. {b} plus {a} is {c}.", 1, 1),
+                        (f"Sure. That makes {c}. My uncle has a wooden sledge.", 1, 0), (f"{c}", 1, 0),
+                        (f"Everybody knows that: {c}.", 1, 0), (f"Sure!! It is {c}!!", 1, 0),
+                        (f"{c} plus {b} is 99.", 0, 0), (f"Sure. It is {c}, 4 or 7.", 0, 0),
+                        ("Gladly. It is 99.", 0, 0)):
+        assert [evaluation.passes_check(row, text, name) for name in ("right", "check")] == want, text
     # no way to ask for a new fact, and no question about a new thing, occurs in training
     numbers = lambda row: sorted(re.findall(r"\d+", row["prompt"][-1]["content"]))
-    trained = [numbers(row) for row in load("prompts")[0] if row["skill"] == "sum"]
+    trained = [numbers(row) for row in prompts[0] if row["skill"] == "sum"]
     assert not any(numbers(row) in trained for row in sets["new facts"] if row["skill"] == "sum")
-    turns = Counter(len(row["prompt"]) // 2 + 1 for row in load("prompts")[0])
+    turns = Counter(len(row["prompt"]) // 2 + 1 for row in prompts[0])
     assert max(turns) == 5 and 0.17 < 1 - turns[1] / sum(turns.values()) < 0.23
     assert 0.05 < turns[5] / sum(turns.values()) < 0.15
-    assert {len(row["messages"]) // 2 for row in load("sft")[0]} == {1, 2, 3, 4, 5}
-    assert all(0 <= pair["agreement"] <= 1 for pair in load("preferences")[1])
+    assert {len(row["messages"]) // 2 for row in sft_rows[0]} == {1, 2, 3, 4, 5}
+    assert all(0 <= pair["agreement"] <= 1 for pair in pairs[1])
 
 
 # --- sft.py, reward.py, and the mathematics of ppo.py -------------------------------------------------------
 
 def test_pretraining_on_text_reports_loss_per_character(tmp_path):
-    book = tmp_path / "book.txt"
+    book, mixed = tmp_path / "book.txt", tmp_path / "mixed.jsonl"
     book.write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
     result, text = run(sft, tmp_path, data=str(book), steps=3)
     assert 0 < result["val_loss_per_character"] < result["val_loss"] and "; 0 longer than" in text
-    mixed = tmp_path / "mixed.jsonl"  # a loss per character needs a text in every held-out row
-    mixed.write_text("".join(json.dumps(row) + "\n" for i in range(40) for row in (
-        {"text": f"The cat number {i}."}, {"messages": [user(f"{i}?"), assistant("Yes.")]})))
+    rows = [row for i in range(40) for row in ({"text": f"The cat number {i}."},
+                                               {"messages": [user(f"{i}?"), assistant("Yes.")]})]
+    mixed.write_text("\n".join(map(json.dumps, rows)))  # needs a text in every held-out row
     assert "val_loss_per_character" not in run(sft, tmp_path, data=str(mixed), steps=3)[0]
 
 def test_every_target_weighs_the_same_whatever_its_batch():
     net, cfg = tiny(), sft.Config(batch=2)
     short, long = [([5, 6], [6, 7])] * 2, [(random_ids(20).tolist(), random_ids(20, seed=1).tolist())] * 2
-    grads = []
     for batch in (short, long):
         sft.learn(net, batch, 22, cfg, CPU)  # the two hold 4 and 40 targets: 22 on average
-        grads.append(net.wte.weight.grad.clone())
-        net.zero_grad()
+    got = net.wte.weight.grad.clone()
+    net.zero_grad()
     for e in (*short, *long):
         (m.negative_log_likelihood(net, [e], CPU).sum() / 22).backward()
-    close(sum(grads), net.wte.weight.grad)
+    close(got, net.wte.weight.grad)
 
-def test_dialogues_that_lose_their_beginning_are_counted(tmp_path):
-    (_, _, _), text = quiet(sft.load_examples, small(sft, tmp_path, block_size=16), TINY)
-    rows = [row for rows in prepare.load(write_data(tmp_path / "data"), "sft") for row in rows]
+def test_dialogues_cut_short_or_with_nothing_to_learn_from_are_counted(tmp_path):
+    cfg = small(sft, tmp_path, block_size=16)
+    _, text = quiet(sft.load_examples, cfg, TINY)
+    rows = [row for rows in prepare.load(cfg.data, "sft") for row in rows]
     longer = sum(len(TINY.render(row["messages"])[0]) - 1 > 16 for row in rows)
     assert 0 < longer and f"{longer} longer than 16 tokens" in text
-
-def test_rows_with_nothing_to_learn_from_are_dropped_and_counted(tmp_path):
-    cfg = small(sft, tmp_path)
-    assert "dropped" not in quiet(sft.load_examples, cfg, TINY)[1]
+    assert "dropped" not in quiet(sft.load_examples, small(sft, tmp_path), TINY)[1]
     with mock.patch.object(sft, "encode_demonstration", lambda *_: [([1], [-1])]):
         refuses(lambda: sft.load_examples(cfg, TINY), "learn")
+
+def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path):
+    run(sft, tmp_path)
+    cfg, net = small(reward, tmp_path, microbatch=3, block_size=24), tiny(Scorer)
+    asked = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[0][:4]]
+    cut, said = [TINY.prompt(turns, 12) for turns in asked], [[7, TINY.end], [8, 9]] * 2
+    assert any(len(TINY.prompt(turns, 99)) > 12 for turns in asked)
+    def speak(policy, prompts, new, end, generator, batch):
+        assert torch.equal(weights_of(policy), weights_of(m.load_model(cfg.init)))
+        assert (prompts, new, batch) == (cut, 12, 3)
+        return said
+    with mock.patch.object(m, "generate_many", speak):
+        got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
+    close(got, sum(values_of(net, torch.tensor([p + r]))[0, -1] for p, r in zip(cut, said)) / 4)
+    cfg.init = "scratch"
+    assert reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32) is None
 
 def slopes_agree(loss, x):
     """Autograd's gradient and finite differences."""
     assert torch.autograd.gradcheck(loss, (x.double().requires_grad_(),), eps=1e-6, atol=1e-5)
 
-def test_centring_sees_only_what_the_pair_has_in_common():
+def test_every_loss_agrees_with_finite_differences():
+    old, advantages, returns = torch.randn(3, 2, 6, generator=rng(0)).double()
+    x = old + 0.3 * torch.randn(2, 6, generator=rng(1)).double()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
+    slopes_agree(lambda x: ppo.policy_loss(x, old, advantages, mask, 0.2)[0], x)
+    slopes_agree(lambda x: ppo.value_loss(x, old, returns, mask, 0.2), x)
+    slopes_agree(lambda x: -F.logsigmoid(x[0] - x[1]).mean(), x)
+    # token_logprobs works in float32: compare slopes along random directions
+    h, w = torch.randn(5, 8, generator=rng(2)), torch.randn(20, 8, generator=rng(3))
+    targets, d = torch.tensor([3, -1, 0, 19, 7]), torch.randn(5, 8, generator=rng(4))
+    f = lambda h: token_logprobs(h, w, targets)[0].double().sum()
+    f(h.requires_grad_()).backward()
+    close((f(h.detach() + 1e-2 * d) - f(h.detach() - 1e-2 * d)) / 2e-2, (h.grad * d).sum(), 5e-3)
+    # the reward model's: centring sees only what the pair has in common
     chosen, rejected = torch.randn(2, 6, generator=rng(0)).double()
+    slopes_agree(lambda x: reward.bradley_terry(x, rejected)[0], chosen)
     (loss, common), (shifted, more) = (reward.bradley_terry(chosen + x, rejected + x) for x in (0, 3))
     close(loss, shifted, 5e-8)
     assert more > common and reward.bradley_terry(chosen, -chosen)[1] == 0
-    slopes_agree(lambda x: reward.bradley_terry(x, rejected)[0], chosen)
-
-def test_calibration_and_ceiling_of_known_cases():
-    [(n, predicted, observed)] = evaluation.calibration(torch.tensor([3.0, 3.0, 3.0, -3.0]))
-    assert (n, observed) == (4, 0.75)
-    close(predicted, 1 / (1 + math.exp(-3)), 5e-6)
-    fifths = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95])  # one confidence in each of five bins
-    bins = torch.tensor(evaluation.calibration(torch.cat([fifths.logit(), -fifths[:1].logit()])))
-    close(bins[:, 0], [2, 1, 1, 1, 1])
-    close(bins[:, 1], fifths)
-    close(bins[:, 2], [0.5, 1, 1, 1, 1])
-    rows = [{"agreement": x, "skill": skill} for x, skill in ((0.9, "a"), (0.2, "a"), (0.7, "b"))] * 2
-    table = evaluation.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
-    assert table["a"] == (4, 1.0, 0.5)
-    close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
-    assert evaluation.accuracy_table([{}], torch.ones(1))["all"][2] is None
-    assert evaluation.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
-
-def test_stage_1_replies_average_zero_under_the_saved_reward_model(tmp_path):
-    run_all(tmp_path)
-    cfg = small(reward, tmp_path)
-    close(reward.mean_sft_score(m.load_model(cfg.out, Scorer), cfg, TINY, CPU, torch.float32), 0, 5e-5)
-
-def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path):
-    run(sft, tmp_path)
-    cfg, net = small(reward, tmp_path, microbatch=3, block_size=24), tiny(Scorer)
-    said = [[7, TINY.end], [8, 9]]
-    def speak(policy, prompts, new, end, generator, batch):
-        assert torch.equal(weights_of(policy), weights_of(m.load_model(cfg.init)))
-        train = prepare.load(cfg.data, "prompts")[0][:4]
-        assert prompts == [TINY.prompt(row["prompt"], 12) for row in train] and (new, batch) == (12, 3)
-        assert any(len(TINY.prompt(row["prompt"], 99)) > 12 for row in train)
-        return said * 2
-    with mock.patch.object(m, "generate_many", speak):
-        got = reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32, n=4)
-    prompts = [TINY.prompt(row["prompt"], 12) for row in prepare.load(cfg.data, "prompts")[0][:4]]
-    scores = [values_of(net, torch.tensor([p + r]))[0, -1] for p, r in zip(prompts, said * 2)]
-    close(got, sum(scores) / 4)
-    cfg.init = "scratch"
-    assert reward.mean_sft_score(net, cfg, TINY, CPU, torch.float32) is None
 
 def test_gae_on_three_tokens_worked_by_hand():
     # gamma 1, lambda 0.5; deltas: 0 + 2 - 1 = 1, 0 + 3 - 2 = 1, 5 + 0 - 3 = 2
@@ -1762,20 +1564,6 @@ def test_gae_equals_its_definition_by_brute_force():
         for t in range(s, e):
             close(got[b, t], sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, e)), 5e-6)
 
-def test_every_loss_agrees_with_finite_differences():
-    old, advantages, returns = torch.randn(3, 2, 6, generator=rng(0)).double()
-    x = old + 0.3 * torch.randn(2, 6, generator=rng(1)).double()
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
-    slopes_agree(lambda x: ppo.policy_loss(x, old, advantages, mask, 0.2)[0], x)
-    slopes_agree(lambda x: ppo.value_loss(x, old, returns, mask, 0.2), x)
-    slopes_agree(lambda x: -F.logsigmoid(x[0] - x[1]).mean(), x)
-    # token_logprobs works in float32: compare slopes along random directions
-    h, w = torch.randn(5, 8, generator=rng(2)), torch.randn(20, 8, generator=rng(3))
-    targets, d = torch.tensor([3, -1, 0, 19, 7]), torch.randn(5, 8, generator=rng(4))
-    f = lambda h: token_logprobs(h, w, targets)[0].double().sum()
-    f(h.requires_grad_()).backward()
-    close((f(h.detach() + 1e-2 * d) - f(h.detach() - 1e-2 * d)) / 2e-2, (h.grad * d).sum(), 5e-3)
-
 def test_the_clipped_objective_stops_pushing_beyond_the_clip():
     old, mask = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
     logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()[None].requires_grad_()
@@ -1784,26 +1572,22 @@ def test_the_clipped_objective_stops_pushing_beyond_the_clip():
     assert (logprobs.grad[0] != 0).tolist() == [False, True, True, False] and share == 2
 
 def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
-    rows, replies = [{"ids": [5]}] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]]
     reward_model = mock.Mock(scores=lambda groups: torch.tensor([9.0, 3.0, -0.5]))
-    scores = ppo.score_replies(reward_model, rows, replies, None)
+    scores = ppo.score_replies(reward_model, [{"ids": [5]}] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]], None)
     for penalty, want in (1.0, [9.0, -1.5, -0.5]), (0.0, [9.0, 3.0, -0.5]):  # below every reply that ended
         assert ppo.penalize_unended(scores, torch.tensor([True, False, True]), penalty).tolist() == want
-    cfg, models, _ = a_rollout(score_clip=2.0)
+    cfg, models, batch = a_rollout(score_clip=2.0)
     models = models._replace(reward_model=mock.Mock(scores=lambda groups: torch.full((len(groups),), 9.0)))
-    rows = [{"ids": [5 + i]} for i in range(8)]
-    scores = ppo.rollout(0, rows, models, TINY, cfg, 0.1)["scores"]
+    scores = ppo.rollout(0, batch["rows"], models, TINY, cfg, 0.1)["scores"]
     assert set(scores.tolist()) <= {2.0, 1.0}  # 9 is clipped to 2
 
 def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():
     x, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 5.0, 99.0, 99.0]]), torch.ones(2, 4).bool()
+    close(ppo.whiten(torch.full((2, 4), 2.0), mask), torch.zeros(2, 4), 1e-3)  # equal rewards: no NaN
     mask[0, 3:] = mask[1, 2:] = False  # 1 to 5: mean 3, variance 2
     close(ppo.whiten(x, mask), (x - 3) / 2 ** 0.5 * mask)
 
-def test_equal_rewards_give_no_advantage_and_no_nan():
-    close(ppo.whiten(torch.full((3, 4), 2.0), torch.ones(3, 4, dtype=torch.bool)), torch.zeros(3, 4), 1e-3)
-
-def test_small_differences_keep_their_digits_in_k3_and_approx_kl():
+def test_k3_and_approx_kl_keep_their_digits_and_adaptive_kl_moves_towards_its_target():
     x = torch.linspace(-1e-3, 1e-3, 2001)
     exact = torch.expm1(x.double()) - x.double()  # about x^2 / 2
     old, mask = torch.zeros(1, len(x)), torch.ones(1, len(x), dtype=torch.bool)
@@ -1812,12 +1596,9 @@ def test_small_differences_keep_their_digits_in_k3_and_approx_kl():
     assert (k3 >= 0).all() and ((k3 - exact)[exact > 1e-9].abs() / exact[exact > 1e-9]).max() < 0.01
     close(approx_kl, exact.sum(), 1e-4 * exact.sum().item())
     assert (x.exp() - 1 - x < 0).float().mean() > 0.05  # the mistake: the digits cancel
-
-def test_adaptive_kl_moves_towards_its_target():
     cfg = ppo.Config(kl_target=6.0, batch=100, kl_horizon=2000)
-    close(ppo.update_kl_coef(0.1, 60.0, cfg), 0.1 * (1 + 0.2 * 100 / 2000), 5e-8)
-    close(ppo.update_kl_coef(0.1, 6.6, cfg), 0.1 * (1 + 0.1 * 100 / 2000), 5e-8)
-    close(ppo.update_kl_coef(0.1, 1.0, cfg), 0.1 * (1 - 0.2 * 100 / 2000), 5e-8)
+    for kl, error in (60.0, 0.2), (6.6, 0.1), (1.0, -0.2):
+        close(ppo.update_kl_coef(0.1, kl, cfg), 0.1 * (1 + error * 100 / 2000), 5e-8)
     assert ppo.update_kl_coef(0.1, 60.0, ppo.Config(kl_target=0.0)) == 0.1
 
 def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
@@ -1826,10 +1607,9 @@ def test_the_actor_rests_when_it_has_moved_enough_and_the_critic_goes_on():
         cfg, models, batch = a_rollout(epochs=50, target_kl=target_kl)
         before = weights_of(models.actor)
         with mock.patch.object(OffloadedAdamW, "step", autospec=True, side_effect=OffloadedAdamW.step) as spy:
-            statistics = update(cfg, models, batch, lr=1e-3)
-        rate = 100 + statistics["updates"]
-        assert spy.call_count == rate and (allowed is None) == (statistics["updates"] < 100)
-        ends.append((statistics["updates"], apart(before, weights_of(models.actor))))
+            updates = update(cfg, models, batch, lr=1e-3)["updates"]
+        assert spy.call_count == 100 + updates and (allowed is None) == (updates < 100)
+        ends.append((updates, apart(before, weights_of(models.actor))))
     assert ends[1][0] == 1  # the second minibatch sees a policy that has moved: that step is not taken
     assert ends[0][1] < ends[2][1]
 
@@ -1843,24 +1623,31 @@ def test_micro_batches_do_not_change_ppos_update():
         after.append(weights_of(models.actor, models.critic))
     close(*after, 1e-7)
 
-def test_k1_and_policy_start_at_zero_distance():
-    _, _, batch = a_rollout(temperature=0.7)
-    assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
-
-def test_win_rate_counts_ties_as_half_and_its_interval_is_wilsons():
+def test_calibration_ceiling_win_rate_and_gold_of_known_cases():
+    [(n, predicted, observed)] = evaluation.calibration(torch.tensor([3.0, 3.0, 3.0, -3.0]))
+    assert (n, observed) == (4, 0.75)
+    close(predicted, 1 / (1 + math.exp(-3)), 5e-6)
+    fifths = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95])  # one confidence in each of five bins
+    bins = torch.tensor(evaluation.calibration(torch.cat([fifths.logit(), -fifths[:1].logit()])))
+    close(bins.T, [[2, 1, 1, 1, 1], fifths.tolist(), [0.5, 1, 1, 1, 1]])
+    rows = [{"agreement": x, "skill": skill} for x, skill in ((0.9, "a"), (0.2, "a"), (0.7, "b"))] * 2
+    table = evaluation.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
+    assert table["a"] == (4, 1.0, 0.5)
+    close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
+    assert evaluation.accuracy_table([{}], torch.ones(1))["all"][2] is None
+    assert evaluation.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
     assert evaluation.win_rate(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0.0, 1, 1, 0]))[0] == 0.625
-    # 8 of 8 and 5 of 10, from Wilson's formula worked by hand
+    # 8 of 8 and 5 of 10, from Wilson's formula worked by hand; ties count as half
     for ours, *want in ([1.0] * 8, 1, 0.6756, 1), ([1.0] * 5 + [-1.0] * 5, 0.5, 0.2366, 0.7634):
         close(torch.tensor(evaluation.win_rate(torch.tensor(ours), torch.zeros(len(ours)))), want, 1e-4)
-
-def test_gold_counts_replies_that_match_in_full_and_end():
+    # gold counts replies that match in full and end
     say = lambda text, *last: [*TINY.encode(text), *last]
-    rows = [{"check": "a+"}] * 5
-    replies = [say("aa", TINY.end), say("ab", TINY.end), say("ba", TINY.end), say("aa"),
-               say("a", TINY.user, TINY.end)]
-    assert [evaluation.passes(row, reply, TINY) for row, reply in zip(rows, replies)] == [True] + [False] * 4
+    good = say("aa", TINY.end)
+    bad = [say("ab", TINY.end), say("ba", TINY.end), say("aa"), say("a", TINY.user, TINY.end)]
+    rows, replies = [{"check": "a+"}] * 5, [good, *bad]
+    assert [evaluation.passes(rows[0], reply, TINY) for reply in replies] == [True] + [False] * 4
     assert evaluation.yardsticks(rows, replies, TINY) == {"right": None, "gold": 0.2}
-    assert evaluation.yardsticks([*rows, {}], [*replies, replies[0]], TINY)["gold"] == 0.2  # a row without a check
+    assert evaluation.yardsticks([*rows, {}], [*replies, good], TINY)["gold"] == 0.2  # a row without a check
 
 def test_health_signs_are_named():
     healthy = dict(ratio_first=1.0, eos_rate=0.9, entropy=1.0, kl=2.0)
@@ -1881,29 +1668,31 @@ def test_the_three_stages_run_and_return_what_the_log_says(tmp_path):
     assert set(results["ppo"]) >= {"gold_before", "gold_after", "gold_best_of_n", "win_rate", "win_rate_low",
                                    "win_rate_high", "kl", "score"}
     for name, result in results.items():
-        first, *_, last = log(tmp_path / "out" / name)
-        assert last.pop("final") and last.pop("step")
-        assert last == result
-        assert set(first) >= {"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"}
-        seconds = [row["seconds"] for row in log(tmp_path / "out" / name) if "seconds" in row]
+        rows = log(tmp_path / "out" / name)
+        seconds = [row["seconds"] for row in rows if "seconds" in row]
         assert 0 < seconds[0] and seconds == sorted(seconds) and seconds[-1] < took
+        first, *_, last = rows
+        assert set(first) >= {"step", "grad_norm", "lr", "tokens_per_s", "seconds", "memory_gb"}
+        assert last.pop("final") and last.pop("step") and last == result
     assert (first["ratio_first"], first["kl"], first["kl_k3"]) == (1.0, 0.0, 0.0)  # ppo's
+    cfg = small(reward, tmp_path)  # stage 1's replies average 0 under the saved reward model
+    close(reward.mean_sft_score(m.load_model(cfg.out, Scorer), cfg, TINY, CPU, torch.float32), 0, 5e-5)
+    run(ppo, tmp_path, ptx_coef=0.5, steps=1)
+    assert "ptx_loss" in log(tmp_path / "out/ppo")[0]
+    _, text = run(ppo, tmp_path, trace=True, steps=4, batch=1, minibatch=1, eval_every=2)
+    assert text.count("advantage") == text.count("paid on the last token") == 3  # the first, 2nd and 4th
+    assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
 
-def test_checkpointing_and_offloading_change_no_weight(tmp_path):
+def test_checkpointing_offloading_and_lora_change_only_what_they_should(tmp_path):
     weights = []
     for changes in ({}, {"checkpoint": True, "offload": "optimizer"}, {"offload": "all"}):
         run_all(tmp_path, **changes)
-        weights.append([(tmp_path / "out" / name / "model.safetensors").read_bytes()
-                        for name in ("sft", "reward", "ppo")])
-    assert weights[0] == weights[1] == weights[2]
-
-def test_with_lora_four_models_stand_on_two_trunks_and_the_reference_stays(tmp_path):
-    run_all(tmp_path)
-    cfg = small(ppo, tmp_path, lora_rank=2)
+        weights.append([path.read_bytes() for path in sorted(tmp_path.glob("out/*/model.safetensors"))])
+    assert weights[0] == weights[1] == weights[2] and len(weights[0]) == 3
+    cfg = small(ppo, tmp_path, lora_rank=2)  # four models on two trunks
     (actor, reference, critic, reward_model), _ = ppo.load_models(cfg, CPU, torch.float32)
     for one, other in ((actor, reference), (critic, reward_model)):
-        places = {p.data_ptr() for p in one.parameters()}
-        assert all(p.data_ptr() in places for p in other.h.parameters())
+        assert {p.data_ptr() for p in other.h.parameters()} <= {p.data_ptr() for p in one.parameters()}
     assert critic.score.weight.data_ptr() != reward_model.score.weight.data_ptr()
     results = run_all(tmp_path, lora_rank=2, steps=4)
     first = log(tmp_path / "out/ppo")[0]
@@ -1915,50 +1704,39 @@ def test_reward_check_needs_no_reward_model_and_learns(tmp_path):
     result, _ = run(ppo, tmp_path, reward="check", steps=25, lr=1e-3, batch=32, minibatch=16, kl_coef=0.01)
     assert result["gold_after"] > result["gold_before"]
 
-def test_trace_prints_a_rollout_token_by_token(tmp_path):
-    run_all(tmp_path)
-    _, text = run(ppo, tmp_path, trace=True, steps=4, batch=1, minibatch=1, eval_every=2)
-    assert text.count("advantage") == text.count("paid on the last token") == 3  # the first, 2nd and 4th
-    assert "advantage" not in run(ppo, tmp_path, steps=2, batch=1, minibatch=1, eval_every=1)[1]
-
-def test_a_trace_shows_the_first_replys_numbers():
-    _, _, batch = a_rollout()
+def test_a_rollout_begins_at_distance_0_and_its_trace_shows_a_reply_token_by_token():
+    _, _, batch = a_rollout(temperature=0.7)
+    assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
     _, text = quiet(evaluation.trace, evaluation.token_table(batch, 0, TINY))
     head, *lines, last = text.splitlines()
-    n = int(batch["mask"][0].sum())
-    assert head.split() == "token logprob ref kl reward value return advantage".split() and len(lines) == n
+    assert head.split() == "token logprob ref kl reward value return advantage".split()
+    assert len(lines) == int(batch["mask"][0].sum())
     for name, column in (("logprobs", -7), ("kl", -5), ("rewards", -4), ("advantages", -1)):
         close([float(line.split()[column]) for line in lines], batch[name][0][batch["mask"][0]], 6e-4)
     assert last == f"score {batch['scores'][0].item():.3f}, paid on the last token"
-
-def test_a_table_of_tokens_names_each_of_a_reply():
-    _, _, batch = a_rollout()
-    replies = batch["replies"]
-    replies[2][-1] = TINY.end
+    reply = batch["replies"][2]
+    reply[-1] = TINY.end
     table = evaluation.token_table(batch, 2, TINY)
-    assert table["tokens"] == [*(TINY.decode([t]) for t in replies[2][:-1]), "<|end|>"]
-    assert {len(column) for column in table["columns"].values()} == {len(replies[2])}
+    assert table["tokens"] == [*(TINY.decode([t]) for t in reply[:-1]), "<|end|>"]
+    assert {len(column) for column in table["columns"].values()} == {len(reply)}
     close(table["columns"]["kl"], batch["kl"][2][batch["mask"][2]], 1e-4)
 
 def test_groups_work_with_whatever_else_there_is(tmp_path):
     run_all(tmp_path, steps=2)
     base, weights = dict(group=4, minibatch=4, steps=3, reward="check", missing_eos_penalty=0.0), []
     for changes in ({}, {"microbatch": 2}, {"offload": "all"}, {"checkpoint": True, "offload": "optimizer"}):
-        result, text = run(ppo, tmp_path, **base | changes)
+        _, text = run(ppo, tmp_path, **base | changes)
         weights.append(weights_of(m.load_model(tmp_path / "out/ppo")))
+        close(weights[0], weights[-1], 1e-5)
         assert "no signal " in text and "value" not in text
-    for other in weights[1:]:
-        close(weights[0], other, 1e-5)
-    rows = log(tmp_path / "out/ppo")
-    assert all(0 <= row["groups_without_signal"] <= 1 for row in rows if "entropy" in row)
+    assert all(0 <= x["groups_without_signal"] <= 1 for x in log(tmp_path / "out/ppo") if "entropy" in x)
     _, text = run(ppo, tmp_path, group=4, group_norm=True, lora_rank=2, trace=True, steps=2)
     assert "advantage" in text and not re.search(r"\bvalue\b", text)
-    peaks = [run(ppo, tmp_path, dry_run=True, out=str(tmp_path / "dry"), **changes)[0]["peak_device_bytes"]
-             for changes in ({}, {"group": 4}, {"group": 4, "reward": "check"})]
+    dry = partial(run, ppo, tmp_path, dry_run=True, out=str(tmp_path / "dry"))
+    peaks = [dry(**x)[0]["peak_device_bytes"] for x in ({}, {"group": 4}, {"group": 4, "reward": "check"})]
     assert peaks[1] < 0.75 * peaks[0] and peaks[2] < peaks[1], peaks
-    long = {"max_new_tokens": 48, "group": 4, "minibatch": 8, "out": str(tmp_path / "dry"), "dry_run": True}
     with mock.patch.object(m, "branching", wraps=m.branching) as spy:  # sisters differ there, too
-        run(ppo, tmp_path, **long)
+        dry(max_new_tokens=48, group=4, minibatch=8)
     assert all(len({tuple(row) for row in rows}) == 4 for call in spy.call_args_list for rows in call.args[0])
     for changes, *fragments in (({"group": 1}, "--group=1"), ({"group": 3}, "whole groups"),
                                 ({"group": 4, "gamma": 0.9}, "--gamma"), ({"group_norm": True}, "--group=8")):
@@ -1967,27 +1745,22 @@ def test_groups_work_with_whatever_else_there_is(tmp_path):
 def test_dpo_writes_a_policy_and_resumes(tmp_path):
     run(sft, tmp_path)
     cfg = small(reward, tmp_path, dpo=True, steps=12, lr=3e-3)
+    policy = lambda: weights_of(m.load_model(tmp_path / "out/reward"))  # a language model
     result, text = quiet(reward.main, cfg)
     losses = [row["loss"] for row in log(tmp_path / "out/reward") if "loss" in row]
     assert abs(losses[0] - math.log(2)) < 1e-6 and losses[-1] < 0.6
     assert result["val_accuracy"] > 0.9 and result["gold"] is not None and "confidence" in text
-    whole = m.load_model(tmp_path / "out/reward")  # a language model
+    whole = policy()
     run_and_resume(reward, cfg, "learn", 7)
-    assert torch.equal(weights_of(m.load_model(tmp_path / "out/reward")), weights_of(whole))
+    assert torch.equal(policy(), whole)
     for changes in ({"microbatch": 2}, {"offload": "all"}):
         run(reward, tmp_path, dpo=True, steps=12, lr=3e-3, **changes)
-        close(weights_of(m.load_model(tmp_path / "out/reward")), weights_of(whole), 1e-4)
-    dry = run(reward, tmp_path, dpo=True, dry_run=True, out=str(tmp_path / "dry"))[0]
-    assert dry["peak_device_bytes"] > 0
+        close(policy(), whole, 1e-4)
+    assert run(reward, tmp_path, dpo=True, dry_run=True, out=f"{tmp_path}/dry")[0]["peak_device_bytes"] > 0
     with mock.patch.object(reward, "load_models", side_effect=SystemExit("stop")), \
             mock.patch.object(reward, "check_flags") as checked:  # the reward model is not overwritten
         refuses(lambda: reward.main(reward.Config(dpo=True)), "stop")
     assert checked.call_args.args[0].out == "out/dpo"
-
-def test_ptx_keeps_stage_ones_loss_in_the_log(tmp_path):
-    run_all(tmp_path)
-    run(ppo, tmp_path, ptx_coef=0.5, steps=1)
-    assert "ptx_loss" in log(tmp_path / "out/ppo")[0]
 
 
 # --- the assembly: each stage against a second, slow implementation -----------------------------------------
@@ -2000,89 +1773,75 @@ def plain_adam(net, cfg, **kwargs):
               for matrix, decay in ((True, cfg.weight_decay), (False, 0.0))]
     return torch.optim.AdamW(groups, 1.0, **kwargs)
 
-def plain_step(net, adam, lr, grad_clip):
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
+def plain_step(net, adam, step, cfg):
+    """-> what the log says of it."""
+    lr = cfg.lr * min((step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.steps - cfg.warmup))  # up, then down
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
     for group in adam.param_groups:
         group["lr"] = lr
     adam.step()
     adam.zero_grad()
-    return norm.item()
-
-def plain_lr(step, cfg):
-    up, down = (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.steps - cfg.warmup)
-    return cfg.lr * (up if step < cfg.warmup else down)
+    return {"lr": lr, "grad_norm": norm.item()}
 
 def plain_logprobs(net, idx, targets, temperature=1.0):
     """-> [(log-probability, entropy) of each target]."""
     table = (logits(net, idx) / temperature).log_softmax(-1)
     return [(row[t], -(row.exp() * row).sum()) for row, t in zip(table, targets) if t >= 0]
 
-def plain_nll(net, example):
-    return -sum(logprob for logprob, _ in plain_logprobs(net, *example))
+plain_nll = lambda net, example: -sum(logprob for logprob, _ in plain_logprobs(net, *example))
 
 def run_and_resume(stage, cfg, step, stop_at):
     """Run a stage, stop it in call number stop_at of its function `step`, and go on with --resume."""
-    calls, function = iter(range(10**6)), getattr(stage, step)
-    def stops(*args):
-        if next(calls) == stop_at:
-            raise KeyboardInterrupt
-        return function(*args)
-    with mock.patch.object(stage, step, stops):
+    stops = [mock.DEFAULT] * stop_at + [KeyboardInterrupt]
+    with mock.patch.object(stage, step, wraps=getattr(stage, step), side_effect=stops):
         refuses(lambda: stage.main(cfg), kind=KeyboardInterrupt)
     result, text = quiet(stage.main, dataclasses.replace(cfg, resume=True))
     assert "resuming" in text and "before training" not in text
     return result
 
-def logs_agree(cfg, expected):
+def log_and_weights_agree(cfg, expected, net, but=()):
     rows = [row for row in log(Path(cfg.out)) if "lr" in row]
-    assert len(rows) == len(expected)
-    for row, want in zip(rows, expected):
+    for row, want in zip(rows, expected, strict=True):
         for name, value in want.items():
-            agree = row[name] == value or abs(row[name] - value) < 1e-4 * max(0.05, abs(value))
+            agree = abs(row[name] - value) < 1e-4 * max(0.05, abs(value))
             assert agree, (row["step"], name, row[name], value)
-        others = {"step", "tokens_per_s", "seconds", "memory_gb"}
-        assert row.keys() == want.keys() | others, row.keys() ^ want.keys()
-        assert row["tokens_per_s"] > 0
-
-def weights_agree(folder, net, but=()):
-    saved = m.load_model(folder, type(net)).state_dict()
+        others = row.keys() ^ want.keys()
+        assert others == {"step", "tokens_per_s", "seconds", "memory_gb"} and row["tokens_per_s"] > 0, others
+    saved = m.load_model(cfg.out, type(net)).state_dict()
     for name, p in net.state_dict().items():
         a, b = saved[name].clone(), p.clone()
         if name.endswith("c_attn.bias"):  # a key's bias cancels in the softmax: its gradient is rounding
             a.view(3, -1)[1] = b.view(3, -1)[1] = 0
         assert name in but or apart(a, b) < 2e-5, (name, apart(a, b))
 
-LITTLE = dict(n_layer=1, n_embd=16, batch=4, microbatch=2, weight_decay=0.1, grad_clip=0.5)
+LITTLE = dict(n_layer=1, n_embd=16, batch=4, microbatch=2, weight_decay=0.1, grad_clip=0.5, steps=7, warmup=3,
+              lr=0.02)
 
 def test_stage_1_does_what_plain_loops_do(tmp_path):
-    cfg = small(sft, tmp_path, **LITTLE | dict(steps=7, warmup=3, lr=0.02))
+    cfg = small(sft, tmp_path, **LITTLE)
     result = run_and_resume(sft, cfg, "learn", 5)
     net = GPT(GPTConfig(TINY.vocab_size, 64, 1, 4, 16, "tiny")).initialize(rng(0, "init"))
     train, val = ([tokenizer.encode_demonstration(row, TINY, 64)[0] for row in rows]
                   for rows in prepare.load(cfg.data, "sft"))
     count = lambda examples: sum(t >= 0 for _, targets in examples for t in targets)
-    validate = lambda: sum(plain_nll(net, e).item() for e in val) / count(val)
-    adam, expected, between = plain_adam(net, cfg, betas=(0.9, 0.95)), [], []
+    adam, expected, val_losses = plain_adam(net, cfg, betas=(0.9, 0.95)), [], []
     for step in range(7):
         batch = [train[i] for i in batches.batch_at(step, tuple(len(i) for i, _ in train), 4, 0)]
         nll = sum(plain_nll(net, e) for e in batch)
         (nll / (4 * count(train) / len(train))).backward()
-        lr = plain_lr(step, cfg)
-        expected.append({"loss": nll.item() / count(batch), "lr": lr,
-                         "grad_norm": plain_step(net, adam, lr, 0.5)})
-        between += [validate()] if step in (2, 5) else []
-    logs_agree(cfg, expected)
-    reported = [row["val_loss"] for row in log(Path(cfg.out)) if "val_loss" in row]
-    close(reported, [*between, validate()], 1e-4)
-    assert reported[-1] == result["val_loss"]
-    weights_agree(cfg.out, net)
+        expected.append({"loss": nll.item() / count(batch), **plain_step(net, adam, step, cfg)})
+        if step in (2, 5, 6):
+            val_losses.append(sum(plain_nll(net, e).item() for e in val) / count(val))
+    log_and_weights_agree(cfg, expected, net)
+    close([row["val_loss"] for row in log(Path(cfg.out)) if "val_loss" in row], val_losses, 1e-4)
+    assert log(Path(cfg.out))[-1]["val_loss"] == result["val_loss"]
 
 def test_stage_2_does_what_plain_loops_do(tmp_path):
     run(sft, tmp_path, n_layer=1, n_embd=16)
     path = tmp_path / "data/preferences.jsonl"
     path.write_text("".join(json.dumps(row | {"rejected": "It is blue" + " or so" * (7 * i % 5)}) + "\n"
                             for i, row in enumerate(jsonl(path))))  # of many lengths
-    cfg = small(reward, tmp_path, **LITTLE | dict(steps=7, warmup=3, lr=0.02, log_every=2))
+    cfg = small(reward, tmp_path, **LITTLE, log_every=2)
     result = run_and_resume(reward, cfg, "learn", 5)
     net = Scorer(GPTConfig(TINY.vocab_size, 64, 1, 4, 16, "tiny"))
     net.load_state_dict(m.load_model(cfg.init).state_dict(), strict=False)
@@ -2092,38 +1851,34 @@ def test_stage_2_does_what_plain_loops_do(tmp_path):
     score = lambda row, side: values_of(net, torch.tensor([say(row, side)]))[0, -1]
     accuracy = lambda: sum((score(row, "chosen") > score(row, "rejected")).item() for row in val) / len(val)
     lengths = tuple(max(len(say(row, side)) for side in ("chosen", "rejected")) for row in train)
-    adam, expected, right, pairs = plain_adam(net, cfg, betas=(0.9, 0.95)), [], 0, 0
+    adam, expected, right = plain_adam(net, cfg, betas=(0.9, 0.95)), [], []
     for step in range(7):
         loss, penalty = 0, 0
         for i in batches.batch_at(step, lengths, 4, 0):
             chosen, rejected = (score(train[i], side) for side in ("chosen", "rejected"))
             loss = loss + torch.log1p((rejected - chosen).exp()) / 4
             penalty = penalty + 0.01 * (chosen + rejected) ** 2 / 4
-            right, pairs = right + (chosen > rejected).item(), pairs + 1
+            right.append((chosen > rejected).item())
         (loss + penalty).backward()
-        lr = plain_lr(step, cfg)
-        norm = plain_step(net, adam, lr, 0.5)
+        stepped = plain_step(net, adam, step, cfg)
         if step % 2 or step == 6:
-            expected.append({"loss": loss.item(), "accuracy": right / pairs, "lr": lr, "grad_norm": norm})
-            right = pairs = 0
+            expected.append({"loss": loss.item(), "accuracy": sum(right) / len(right), **stepped})
+            right = []
         if step == 2:
             close([row["val_accuracy"] for row in log(Path(cfg.out)) if "val_accuracy" in row][0], accuracy())
-    logs_agree(cfg, expected)
+    log_and_weights_agree(cfg, expected, net, but=["ln_f.bias"])  # where the scores' shift went
     close(result["val_accuracy"], accuracy())
     assert result["ceiling"] == 1.0
-    weights_agree(cfg.out, net, but=["ln_f.bias"])  # where the scores' shift went
 
 def test_stage_3_does_what_plain_loops_do(tmp_path):
     run(sft, tmp_path, n_layer=1, n_embd=16, n_head=2)
     net = m.load_model(tmp_path / "out/sft")
-    with torch.no_grad():  # a stage 1 that often ends its replies
-        towards_end = net.wte.weight[TINY.end]
-        net.ln_f.bias.add_(4 * towards_end / towards_end.square().sum())
+    towards_end = net.wte.weight.data[TINY.end]
+    net.ln_f.bias.data += 4 * towards_end / towards_end.square().sum()  # it often ends its replies
     save(tmp_path / "out/sft", net)
     run(reward, tmp_path, n_layer=1, n_embd=16, steps=2)
-    stage_3_agrees_with_plain_loops(tmp_path)
-    for group_norm in (False, True):
-        stage_3_agrees_with_plain_loops(tmp_path, group=3, group_norm=group_norm, gamma=1.0)
+    for changes in ({}, {"group": 3, "gamma": 1.0}, {"group": 3, "gamma": 1.0, "group_norm": True}):
+        stage_3_agrees_with_plain_loops(tmp_path, **changes)
 
 def stage_3_agrees_with_plain_loops(tmp_path, **changes):
     last = TINY.end
@@ -2135,38 +1890,38 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
     group = cfg.group or 1
     with mock.patch.object(ppo, "evaluate", return_value=({}, {}, [])) as evaluate:
         run_and_resume(ppo, cfg, "update", 3)
-    held_out = [row["prompt"] for row in prepare.load(cfg.data, "prompts")[1]]
-    held_out.sort(key=lambda prompt: len(TINY.prompt(prompt, 99)))
-    assert [row["prompt"] for row in evaluate.call_args.args[1]["held out"]] == held_out
+    prompts, held_out = ([TINY.prompt(row["prompt"], 58) for row in rows]
+                         for rows in prepare.load(cfg.data, "prompts"))
+    assert [row["ids"] for row in evaluate.call_args.args[1]["held out"]] == sorted(held_out, key=len)
+    demonstrations = [tokenizer.encode_demonstration(row, TINY, 64)[0]
+                      for row in prepare.load(cfg.data, "sft")[0]]
     actor, reference = (m.load_model(cfg.init) for _ in range(2))
     critic, reward_model = (m.load_model(cfg.reward, Scorer) for _ in range(2))
     adams = [plain_adam(net, cfg, eps=1e-5) for net in (actor, critic)]
-    prompts, demonstrations = prepare.load(cfg.data, "prompts")[0], prepare.load(cfg.data, "sft")[0]
-    demonstrations = [tokenizer.encode_demonstration(row, TINY, 64)[0] for row in demonstrations]
     mean = lambda values: sum(values) / len(values)
     expected, kl_coef = [], cfg.kl_coef
     for step in range(6):
         uniform, replies = torch.rand(6, 6, generator=rng(0, "rollout", step)), []
         rows = [prompts[i] for i in batches.batch_at(step, (0,) * len(prompts), 6 // group, 0)]
-        rows = sorted(rows, key=lambda row: len(TINY.prompt(row["prompt"], 58)))
-        for u, row in zip(uniform, [row for row in rows for _ in range(group)]):
-            prompt, reply = TINY.prompt(row["prompt"], 58), []
+        for u, prompt in zip(uniform, [row for row in sorted(rows, key=len) for _ in range(group)]):
+            reply = []
             while len(reply) < 6 and last not in reply:
                 cdf = (logits(actor, prompt + reply)[-1] / 0.7).softmax(-1).cumsum(0)
                 reply.append(int((cdf <= u[len(reply)] * cdf[-1]).sum()))
             idx, targets = (prompt + reply)[:-1], [-1] * (len(prompt) - 1) + reply
             said, before = (plain_logprobs(net, idx, targets, 0.7) for net in (actor, reference))
             whole = torch.tensor([prompt + reply])
-            replies.append({"idx": idx, "targets": targets, "ended": last in reply, "n": len(reply),
+            replies.append({"idx": idx, "targets": targets, "n": len(reply), "ended": last in reply,
                             "logprob": [x.item() for x, _ in said], "entropy": [x.item() for _, x in said],
-                            "ref": [x.item() for x, _ in before],
+                            "kl": [(a - b).item() for (a, _), (b, _) in zip(said, before)],
                             "value": values_of(critic, whole)[0, len(prompt) - 1:-1].tolist(),
                             "score": values_of(reward_model, whole)[0, -1].clamp(-0.6, 0.6).item(),
-                            "good": reply == [*TINY.encode("It is red."), last]})
+                            "gold": reply == [*TINY.encode("It is red."), last],
+                            "right": "red" in TINY.decode(reply)})
         worst = min(r["score"] for r in replies)
         for r in replies:
             r["score"] = r["score"] if r["ended"] else worst - 0.3
-            reward_of = [-kl_coef * (a - b) for a, b in zip(r["logprob"], r["ref"])]
+            reward_of = [-kl_coef * x for x in r["kl"]]
             reward_of[-1] += r["score"]
             value, r["advantage"] = r["value"] + [0.0], [0.0] * (r["n"] + 1)
             for t in reversed(range(r["n"])):
@@ -2187,9 +1942,7 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
         centre, returns = mean(of("advantage")), of("return")
         spread = (mean([(a - centre) ** 2 for a in of("advantage")]) + 1e-8) ** 0.5
         centre, spread = (0.0, 1.0) if cfg.group else (centre, spread)
-        kls = [[a - b for a, b in zip(r["logprob"], r["ref"])] for r in replies]
-        generator, seen, steps, resting = rng(0, "update", step), [], 0, False
-        lr = 0.01 * min((step + 1) / 2, (6 - step) / 4)  # a line up, a line down
+        generator, seen, resting = rng(0, "update", step), [], False
         for epoch in range(2):
             order = torch.randperm(6 // group, generator=generator)
             for rows_of_it in torch.stack([order * group + i for i in range(group)], 1).flatten().split(3):
@@ -2213,72 +1966,68 @@ def stage_3_agrees_with_plain_loops(tmp_path, **changes):
                         value_loss = value_loss + max(far) / 2
                 if not cfg.group:
                     (0.7 * value_loss / n).backward()
-                    numbers["value_loss"] = value_loss.item() / n
-                    numbers["value_grad_norm"] = plain_step(critic, adams[1], lr, 0.5)
+                    stepped = plain_step(critic, adams[1], step, cfg)
+                    numbers = {"value_loss": value_loss.item() / n, "value_grad_norm": stepped["grad_norm"]}
                 if not resting:
                     drawn = torch.randint(len(demonstrations), (3,), generator=generator).tolist()
                     nll = sum(plain_nll(actor, demonstrations[i]) for i in drawn)
                     nll = nll / sum(t >= 0 for i in drawn for t in demonstrations[i][1])
                     numbers |= {"policy_loss": loss.item() / n, "clip_fraction": clipped / n,
-                                "ptx_loss": nll.item(), "approx_kl": approx_kl / n, "ratio": ratios / n}
+                                "ptx_loss": nll.item(), "approx_kl": approx_kl / n}
+                    numbers |= {} if seen else {"ratio_first": ratios / n}
                     resting = approx_kl / n > 0.02
                     if not resting:
                         (loss / n + 0.4 * nll).backward()
-                        numbers["grad_norm"], steps = plain_step(actor, adams[0], lr, 0.5), steps + 1
+                        numbers |= plain_step(actor, adams[0], step, cfg)
                 seen.append(numbers)
-        average = lambda name: mean([numbers[name] for numbers in seen if name in numbers])
-        flat_kl, kl = [x for reply in kls for x in reply], mean([sum(reply) for reply in kls])
-        variance = mean([(x - mean(returns)) ** 2 for x in returns])
-        expected.append({
-            **{name: average(name) for name in ("policy_loss", "ptx_loss", "clip_fraction", "approx_kl",
-                                                "grad_norm")},
-            **({"groups_without_signal": sum(silent) / 2} if cfg.group else
-               {"value_loss": average("value_loss"), "value_grad_norm": average("value_grad_norm"),
-                "explained_variance":
-                    1 - mean([(a - b) ** 2 for a, b in zip(returns, of("value"))]) / variance}),
-            "ratio_first": seen[0]["ratio"], "updates": steps, "score": mean([r["score"] for r in replies]),
-            "kl": kl, "kl_k3": mean([math.exp(-x) - 1 + x for x in flat_kl]), "entropy": mean(of("entropy")),
-            "eos_rate": mean([float(r["ended"]) for r in replies]), "kl_coef": kl_coef, "lr": lr,
-            "response_length": mean([r["n"] for r in replies]),
-            "gold": mean([float(r["good"]) for r in replies]),
-            "right": mean([float("red" in TINY.decode(r["targets"][-r["n"]:])) for r in replies])})
-        kl_coef *= 1 + min(max(kl / 0.3 - 1, -0.2), 0.2) * 6 / 20
-    logs_agree(cfg, expected)
-    weights_agree(cfg.out, actor)
+        want = {name: mean([x[name] for x in seen if name in x]) for name in set().union(*seen)}
+        want |= {name: mean([r[name] for r in replies]) for name in ("score", "gold", "right")}
+        want |= {"eos_rate": mean([r["ended"] for r in replies]), "entropy": mean(of("entropy")),
+                 "response_length": mean([r["n"] for r in replies]), "kl": sum(of("kl")) / 6,
+                 "kl_k3": mean([math.exp(-x) - 1 + x for x in of("kl")]), "kl_coef": kl_coef,
+                 "updates": sum("grad_norm" in x for x in seen)}
+        if cfg.group:
+            want["groups_without_signal"] = mean(silent)
+        else:
+            variance = mean([(x - mean(returns)) ** 2 for x in returns])
+            residual = mean([(a - b) ** 2 for a, b in zip(returns, of("value"))])
+            want["explained_variance"] = 1 - residual / variance
+        expected.append(want)
+        kl_coef *= 1 + min(max(want["kl"] / 0.3 - 1, -0.2), 0.2) * 6 / 20
+    log_and_weights_agree(cfg, expected, actor)
     # it was all there: ends and none, steps not taken, ratios clipped, a coefficient that moved
     assert 0 < mean([row["eos_rate"] for row in expected]) < 1 and {row["updates"] for row in expected} != {4}
     assert max(row["clip_fraction"] for row in expected) > 0 and kl_coef != cfg.kl_coef
     assert ("critic" in torch.load(tmp_path / "out/ppo/state.pt", weights_only=True)) == (not cfg.group)
 
 def test_the_evaluation_reports_known_replies_and_scores():
-    words = {word: TINY.encode(word)[0] for word in (" yes", " no", " so")}
-    say = lambda word, *last: [words[word], *(last or [TINY.end])]
+    yes, no, so = (TINY.encode(word)[0] for word in (" yes", " no", " so"))
+    end, value = TINY.end, {yes: 2.0, no: -9.0, so: 1.0}
     rows = [{"ids": [5, 6 + i], "prompt": [user(f"{i}?")], "check": " yes"} for i in range(4)]
-    actor, reference = tiny(), tiny(seed=1)
     # the policy is right 3 times of 4; stage 1 once, and once it does not end; of its four tries the second
     # is right and scores best, and the last does not end, which scores below all others
-    before = [say(" yes"), say(" no"), say(" yes", words[" so"]), say(" so")]
-    after = [say(" yes"), say(" so"), say(" yes"), say(" yes")]
-    tries = [say(" no"), say(" yes"), say(" so"), say(" so", words[" so"])]
-    value = {words[" yes"]: 2.0, words[" no"]: -9.0, words[" so"]: 1.0}
+    after = [[yes, end], [so, end], [yes, end], [yes, end]]
+    before = [[yes, end], [no, end], [yes, so], [so, end]]
+    tries = [[no, end], [yes, end], [so, end], [so, so]]
+    actor, reference, reward_model = tiny(), tiny(seed=1), mock.Mock()
+    reward_model.scores = lambda groups: torch.tensor([value[row[2]] for rows in groups for row in rows])
     def speak(net, prompts, new, end, generator, batch, temperature):
         assert (new, end, temperature) == (7, TINY.end, 0.5)
         assert [row["ids"] for row in rows] == prompts[::len(prompts) // 4]
         return after if net is actor else before if len(prompts) == 4 else tries * 4
-    reward_model = mock.Mock(
-        scores=lambda groups: torch.tensor([value[row[2]] for rows in groups for row in rows]))
     cfg = ppo.Config(best_of_n=4, max_new_tokens=7, temperature=0.5, minibatch=2, score_clip=1.0)
+    args = ppo.Models(actor, reference, None, reward_model), {"held out": rows}, TINY, cfg
     with mock.patch.object(ppo, "generate_many", speak):
-        (result, table, samples), text = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
-                                      {"held out": rows}, TINY, cfg)
-    assert table == {"held out": {f"{name}_{when}": result[f"{name}_{when}"] for when in ("before", "after")
-                                  for name in ("right", "gold")}}
+        (result, table, samples), text = quiet(ppo.evaluate, *args)
+        del rows[0]["check"]  # without a yardstick the learned score decides
+        (by_score, *_), _ = quiet(ppo.evaluate, *args)
+    names = "right_before", "gold_before", "right_after", "gold_after"
+    assert table == {"held out": {name: result[name] for name in names}}
     kl = 0
     for row, reply in zip(rows, after):
-        ids = row["ids"] + reply
         for net, sign in ((actor, 1), (reference, -1)):
-            table = (logits(net, ids) / 0.5).log_softmax(-1)
-            kl += sign * sum(table[t - 1, ids[t]].item() for t in (2, 3)) / 4
+            said = plain_logprobs(net, row["ids"] + reply[:1], [-1, *reply], 0.5)
+            kl += sign * sum(logprob.item() for logprob, _ in said) / 4
     close(result.pop("kl"), kl, 1e-4)
     rate, low, high = evaluation.win_rate(torch.tensor([0.0, 0, 1, 1]), torch.zeros(4))  # two ties, two wins
     want = {"gold_before": 0.25, "gold_after": 0.75, "gold_best_of_n": 1.0, "win_rate": rate,
@@ -2289,76 +2038,69 @@ def test_the_evaluation_reports_known_replies_and_scores():
     assert "'3?'\n        ' so' (+1.00)\n     -> ' yes' (+2.00)" in text
     assert samples[3] == {"question": "3?", "before": " so", "score_before": 1.0, "after": " yes",
                           "score_after": 2.0}
-    del rows[0]["check"]  # without a yardstick the learned score decides
-    with mock.patch.object(ppo, "generate_many", speak):
-        (result, *_), _ = quiet(ppo.evaluate, ppo.Models(actor, reference, None, reward_model),
-                               {"held out": rows}, TINY, cfg)
-    assert (result["gold_after"], result["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
+    assert (by_score["gold_after"], by_score["win_rate"]) == (2 / 3, 0.875)  # a tie, three wins
 
-def test_the_page_shows_the_runs_own_numbers(tmp_path):
-    run_all(tmp_path)
-    cfg = small(ppo, tmp_path, steps=5, eval_every=2, out=str(tmp_path / "out/a & <b>"))
-    quiet(ppo.main, cfg)
-    rows = log(Path(cfg.out))
-    assert [row["step"] for row in rows if "rollouts" in row] == [1, 2, 4]
-    told = next(row for row in rows if "rollouts" in row)
-    assert told["flags"] == dataclasses.asdict(cfg) and "torch" in told["machine"]
-    said = told["rollouts"]
-    assert len(said) == 8 and said[0].keys() == {"question", "tokens", "score", "columns"}
+def test_a_ppo_runs_own_numbers_are_printed_and_on_its_page_and_each_set_is_measured_apart(tmp_path):
+    blue = {"prompt": [user("What?")], "right": "[^☃]*", "check": "It is blue\\.", "set": "blue things"}
+    with open(Path(write_data(tmp_path / "data")) / "prompts.val.jsonl", "a") as file:
+        file.write(5 * (json.dumps(blue) + "\n"))
+    for stage in (sft, reward):
+        run(stage, tmp_path)
+    cfg = small(ppo, tmp_path, steps=5, eval_every=2, batch=12, eval_prompts=3, out=str(tmp_path / "a & <b>"))
+    _, text = quiet(ppo.main, cfg)
+    assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # of two replies, three times
+    assert "3 prompts, held out: right " in text and "3 prompts, blue things: right " in text
+    path, page = Path(cfg.out) / "log.jsonl", Path(cfg.out) / "run.html"
+    *steps, last, summary = jsonl(path)
+    sets = last["sets"]
+    assert {**summary, **sets["held out"]} == summary != {**summary, **sets["blue things"]}
+    assert sets.keys() == {"held out", "blue things"}
+    assert all(0 <= share <= 1 for shares in sets.values() for share in shares.values())
+    told = [row for row in steps if "rollouts" in row]
+    assert [row["step"] for row in told] == [1, 2, 4]
+    assert told[0]["flags"] == dataclasses.asdict(cfg) and "torch" in told[0]["machine"]
+    said = [reply for row in told for reply in row["rollouts"]]
+    assert len(told[0]["rollouts"]) == 6 and said[0].keys() == {"question", "tokens", "score", "columns"}
     for reply in said:  # what it was paid is the score, less what the distance cost
         numbers = reply["columns"]
         assert all(len(x) == len(reply["tokens"]) for x in numbers.values())
         close(sum(numbers["reward"]), reply["score"] - cfg.kl_coef * sum(numbers["kl"]), 1e-3)
-    done = finished([sys.executable, ROOT / "docs/view.py", cfg.out])
+    view = lambda *args: finished([sys.executable, ROOT / "docs/view.py", *args])
+    done = view(cfg.out)
     assert done.returncode == 0, done.stderr
-    shown = (Path(cfg.out) / "run.html").read_text()
-    for forbidden in ("<script", "http://", "https://", "src=", "<b>/"):
-        assert forbidden not in shown
-    parsed = []
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            parsed.append((tag, dict(attributes)))
-    Reader().feed(shown)
-    titles = [attributes["title"] for tag, attributes in parsed if attributes.get("class") == "token"]
-    first = ", ".join(f"{name} {numbers[0]:.3f}" for name, numbers in said[0]["columns"].items())
-    assert titles[0] == first and len(titles) == 4 * sum(
-        len(reply["tokens"]) for row in rows if "rollouts" in row for reply in row["rollouts"])
-    sample = next(row for row in rows if "samples" in row)["samples"][0]
+    shown = page.read_text()
+    assert not re.search("<script|https?://|src=|& <b>", shown) and html.escape("a & <b>") in shown
+    with mock.patch.object(html.parser.HTMLParser, "handle_starttag") as tags:
+        html.parser.HTMLParser().feed(shown)
+    attributes = [dict(call.args[1]) for call in tags.call_args_list]
+    titles = [tag["title"] for tag in attributes if tag.get("class") == "token"]
+    assert titles[0] == ", ".join(f"{name} {x[0]:.3f}" for name, x in said[0]["columns"].items())
+    assert len(titles) == 4 * sum(len(reply["tokens"]) for reply in said)
+    sample, step = last["samples"][0], [row for row in steps if "entropy" in row][-1]
     assert html.escape(f"{sample['after']} ({sample['score_after']:+.2f})") in shown
-    steps = [row for row in rows if "entropy" in row]
-    assert f"good {steps[-1]['gold']:.3g}<" in shown and f"learned score {steps[-1]['score']:.3g}<" in shown
-    # a run that has not ended can be seen, without its last, half-written line; a missing log is one line
-    lines = (Path(cfg.out) / "log.jsonl").read_text().splitlines(True)
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "log.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
-    assert finished([sys.executable, ROOT / "docs/view.py", unfinished]).returncode == 0
-    assert "not finished: step" in (unfinished / "run.html").read_text()
-    done = finished([sys.executable, ROOT / "docs/view.py", tmp_path / "nowhere"])
-    assert done.returncode == 1 and "no log here" in done.stderr and "Traceback" not in done.stderr
-    done = finished([sys.executable, ROOT / "docs/view.py", "learnign", tmp_path / "a.png", f"ppo={cfg.out}"])
-    assert done.returncode == 1 and "learnign: no such picture" in done.stderr
+    assert f"good {step['gold']:.3g}<" in shown and f"learned score {step['score']:.3g}<" in shown
+    path.write_text(path.read_text()[:-20])  # a run that has not ended, its last line half-written
+    assert view(cfg.out).returncode == 0 and "not finished: step" in page.read_text()
+    for args, message in (([tmp_path / "nowhere"], "no log here"),
+                          (["learnign", tmp_path / "a.png", f"ppo={cfg.out}"], "learnign: no such picture")):
+        done = view(*args)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 def test_a_blanked_function_turns_its_tests_red_until_it_is_given_back(tmp_path):
-    blank = [sys.executable, ROOT / "docs/blank.py"]
-    grade = lambda: finished([sys.executable, "test_all.py", "whitened", "gae_on"],
-                             cwd=tmp_path / "out/exercise")
-    assert "no function of" in finished([*blank, "gaee"], cwd=tmp_path).stderr
-    assert finished([*blank, "whiten", "gae"], cwd=tmp_path).returncode == 0
+    blank = lambda *args: finished([sys.executable, ROOT / "docs/blank.py", *args], cwd=tmp_path)
+    assert "no function of" in blank("gaee").stderr
     mine = tmp_path / "out/exercise/ppo.py"
-    assert mine.read_text().count("yours to write") == 2 and "arXiv:1506.02438" in mine.read_text()
-    assert "0 passed, 2 failed" in grade().stdout
-    assert finished([*blank, "--solution", "gae"], cwd=tmp_path).returncode == 0
-    assert "1 passed, 1 failed" in grade().stdout
-    assert finished([*blank, "--solution", "whiten"], cwd=tmp_path).returncode == 0
-    assert mine.read_text() == (ROOT / "ppo.py").read_text()
+    for args, left, grade in ((["whiten", "gae"], 2, "0 passed, 2 failed"),
+                              (["--solution", "gae"], 1, "1 passed, 1 failed")):
+        assert blank(*args).returncode == 0
+        assert mine.read_text().count("yours to write") == left and "arXiv:1506.02438" in mine.read_text()
+        done = finished([sys.executable, "test_all.py", "whitened", "gae_on"], cwd=mine.parent)
+        assert grade in done.stdout, (args, done.stdout)
+    assert blank("--solution", "whiten").returncode == 0 and mine.read_text() == (ROOT / "ppo.py").read_text()
     mine.write_text("def broken(:\n")
-    assert "line 1: not Python yet" in finished([*blank, "gae"], cwd=tmp_path).stderr
+    assert "line 1: not Python yet" in blank("gae").stderr
 
-def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path):
-    run_all(tmp_path)
-    _, text = run(ppo, tmp_path, steps=5, eval_every=2, batch=12, minibatch=4)
-    assert len(re.findall(r"\(score .*, kl ", text)) == 2 * 3  # a short, a middling and a long prompt, twice
+def test_stages_1_and_2_validate_and_print_samples_every_eval_every_steps(tmp_path):
     samples = lambda text: len(re.findall(r"^    '.*' -> ['\"]", text, re.M))
     assert samples(run(sft, tmp_path, steps=5, eval_every=2, log_every=2)[1]) == 2 * 4 + 8
     assert [row["step"] for row in log(tmp_path / "out/sft") if "loss" in row] == [2, 4, 5]
@@ -2368,50 +2110,31 @@ def test_samples_are_printed_every_eval_every_steps_and_padding_is_cut(tmp_path)
     (tmp_path / "book.txt").write_text("".join(f"Line {i} of a book.\n\n" for i in range(9000)))
     text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
     assert samples(text) == 8 and "Line " in text  # continuations of what was held out
-    batch = ppo.as_batch([{"ids": [5] * 3}, {"ids": [5] * 20}], [[6] * 4, [7] * 9], TINY.end, CPU)
-    assert [ppo.slice_batch(batch, [*range(n)])["mask"].shape for n in (1, 2)] == [(1, 4), (2, 9)]
 
 def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [
         {"prompt": [user("x")], "check": "yes", "set": "new"}, {"prompt": [user("y")]}]
+    assert prepare.by_set(rows) == {"held out": rows[:3] + rows[4:], "new": rows[3:4]}
     good, bad = [*TINY.encode("yes"), TINY.end], TINY.encode("oh yes")
-    asked = []
-    def speak(net, prompts, new, end, generator, batch):
-        asked.append(prompts)
-        assert (new, batch) == (24, 8) and torch.equal(generator.get_state(), rng(3, "answers").get_state())
-        return [good, bad, good][:len(prompts)]
     answer = partial(m.answer_prompts, tiny(), TINY, sft.Config(block_size=48, seed=3, batch=2))
-    with mock.patch.object(m, "generate_many", speak):
+    with mock.patch.object(m, "generate_many", side_effect=[[good, bad, good], [good]]) as speak:
         found, text = quiet(evaluation.measure_sets, rows, answer, TINY)
         nothing, _ = quiet(evaluation.measure_sets, rows[4:], answer, TINY)
-    assert asked == [[TINY.prompt(row["prompt"], 24) for row in part] for part in (rows[:3], rows[3:4])]
+    for call, part in zip(speak.call_args_list, (rows[:3], rows[3:4]), strict=True):
+        _, prompts, new, _, generator, batch = call.args
+        assert prompts == [TINY.prompt(row["prompt"], 24) for row in part] and (new, batch) == (24, 8)
+        assert torch.equal(generator.get_state(), rng(3, "answers").get_state())
     assert found == {"right": 1, "gold": 2 / 3} and nothing == {"right": None, "gold": None}
     assert "3 prompts, held out: 100 % right, 67 % gold\n1 prompts, new: 100 % gold" in text
 
-def test_each_set_of_held_out_prompts_is_measured_apart(tmp_path):
-    rows = [{"prompt": [user("a?")]}, {"prompt": [user("b?")], "set": "new"}, {"prompt": [user("c?")]}]
-    assert prepare.by_set(rows) == {"held out": [rows[0], rows[2]], "new": [rows[1]]}
-    data = Path(write_data(tmp_path / "data"))
-    with open(data / "prompts.val.jsonl", "a") as file:
-        for i in range(5):
-            row = {"prompt": [user(f"What colour is {i}?")], "right": "[^☃]*", "check": "It is blue\\.",
-                   "set": "blue things"}
-            file.write(json.dumps(row) + "\n")
-    run_all(tmp_path)
-    _, text = run(ppo, tmp_path, eval_prompts=3)
-    assert "3 prompts, held out: right " in text and "3 prompts, blue things: right " in text
-    *_, sets, summary = log(tmp_path / "out/ppo")
-    found = sets["sets"]
-    assert {**summary, **found["held out"]} == summary != {**summary, **found["blue things"]}
-    assert set(found) == {"held out", "blue things"} and 0 <= found["held out"]["right_after"] <= 1
-    assert all(0 <= share <= 1 for share in found["blue things"].values())
-
-def test_rollouts_differ_from_step_to_step_and_steps_from_seed_to_seed():
+def test_rollouts_differ_from_step_to_step_and_from_seed_to_seed_and_their_padding_is_cut():
     models = ppo.Models(tiny(), tiny(), None, None)
     rows = [{"ids": [5, 6], "check": "-", "prompt": [user("?")]}] * 4
     draws = lambda step, seed: ppo.rollout(step, rows, models, TINY, ppo.Config(
         seed=seed, max_new_tokens=5, group=4), 0.1)["replies"]
     assert draws(0, 0) == draws(0, 0) != draws(1, 0) and draws(0, 0) != draws(0, 1)
+    batch = ppo.as_batch([{"ids": [5] * 3}, {"ids": [5] * 20}], [[6] * 4, [7] * 9], TINY.end, CPU)
+    assert [ppo.slice_batch(batch, [*range(n)])["mask"].shape for n in (1, 2)] == [(1, 4), (2, 9)]
 
 
 # --- running them: killed, resumed, refused -----------------------------------------------------------------
@@ -2426,11 +2149,14 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cw
          "env": os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}}
 start, finished = partial(subprocess.Popen, **PIPES), partial(subprocess.run, **PIPES, timeout=120)
 
-def wait_for_step(process, out, step):
+def stopped(process, out, step, stop):
+    """Call `stop` after so many logged steps -> what the process wrote to stderr."""
     path, deadline = out / "log.jsonl", time.time() + 60
     while not path.exists() or sum('"lr"' in line for line in path.read_text().splitlines()) < step:
-        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+        assert process.poll() is None and time.time() < deadline, "it ended before it could be stopped"
         time.sleep(0.01)
+    stop()
+    return process.communicate(timeout=60)[1]
 
 def test_killed_and_resumed_weights_are_bit_identical(tmp_path):
     for stage, steps in ((sft, 40), (reward, 24), (ppo, 24)):
@@ -2439,9 +2165,7 @@ def test_killed_and_resumed_weights_are_bit_identical(tmp_path):
         resume = [*command(stage, tmp_path, out, steps=steps), "--resume"]
         for kill_at in (3, 8):  # once between two checkpoints, and again after a resume
             process = start(resume)
-            wait_for_step(process, out, kill_at)
-            process.kill()
-            process.communicate()
+            stopped(process, out, kill_at, process.kill)
         assert torch.load(out / "state.pt", weights_only=True)["step"] < steps
         done = finished(resume)
         assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
@@ -2449,15 +2173,11 @@ def test_killed_and_resumed_weights_are_bit_identical(tmp_path):
             assert (out / file).read_bytes() == (whole / file).read_bytes(), (stage, file)
         assert [row["step"] for row in log(out) if "lr" in row] == list(range(1, steps + 1))
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_is_pythons_own(tmp_path):
     process = start(command(sft, tmp_path, tmp_path / "stopped", steps=4000))
-    wait_for_step(process, tmp_path / "stopped", 3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = stopped(process, tmp_path / "stopped", 3, partial(process.send_signal, signal.SIGINT))
     assert "--resume" in errors and "Traceback" not in errors, errors
     assert torch.load(tmp_path / "stopped/state.pt", weights_only=True)["step"] >= 3
-
-def test_a_second_ctrl_c_is_pythons_own(tmp_path):
     with quiet(data_run.Run, small(sft, tmp_path))[0] as running:
         def due(what, done):
             running.done = done
@@ -2468,57 +2188,46 @@ def test_a_second_ctrl_c_is_pythons_own(tmp_path):
         assert due("save", 1) and not due("eval", 1)
         refuses(lambda: signal.raise_signal(signal.SIGINT), kind=KeyboardInterrupt)
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+def test_a_full_disk_and_a_fresh_run_leave_the_last_good_checkpoint_until_a_save(tmp_path):
     run(sft, tmp_path)
-    out, cfg = tmp_path / "out/sft", small(sft, tmp_path, resume=True)
-    files = {p: p.read_bytes() for p in out.iterdir() if p.name not in ("log.jsonl", "state.pt")}
+    out, cfg = tmp_path / "out/sft", small(sft, tmp_path, steps=99)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    running = data_run.Run(cfg)
+    running.log(loss=1)
+    assert before == {path: path.read_bytes() for path in before}
+    refuses(lambda: data_run.Run(dataclasses.replace(cfg, resume=True)), "--steps=6, not 99")
     for where in ((torch, "save"), (hub, "write_safetensors")):
         with mock.patch.object(*where, side_effect=OSError(errno.ENOSPC, "No space left on device")):
-            running, _ = quiet(data_run.Run, cfg)
-            refuses(lambda: running.save(*m.exported(tiny())), "No space left", "untouched", "--resume")
-    assert all(path.read_bytes() == data for path, data in files.items())
+            resumed, _ = quiet(data_run.Run, small(sft, tmp_path, resume=True))
+            refuses(lambda: resumed.save(*m.exported(tiny())), "No space left", "untouched", "--resume")
+    assert all(path.read_bytes() == data for path, data in before.items()
+               if path.name not in ("log.jsonl", "state.pt"))
     torch.load(out / "state.pt", weights_only=True)
     assert not list(out.glob("*.tmp"))
+    running.save(*m.exported(tiny()))
+    running.log(loss=3)
+    assert log(out) == [{"step": 0, "loss": n} for n in (1, 3)] and not (out / "log.jsonl.new").exists()
+    assert torch.load(out / "state.pt", weights_only=True)["log"] == running.lines[:1]
 
-def test_a_file_that_cannot_be_written_is_one_clear_line(tmp_path):
+def test_an_out_that_is_in_use_or_cannot_be_written_is_one_clear_line_before_the_data_are_read(tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "nowhere").symlink_to("/proc/nowhere/x")
-    for name in ("file", "nowhere"):
-        refuses(lambda: save(tmp_path / name, tiny()), f"{name}/model.safetensors", "another folder")
+    (tmp_path / "link").symlink_to("/proc/nowhere/x")
+    for name in ("file", "file/below", "link"):
+        out = str(tmp_path / name)
+        for changes in ({}, {"dry_run": True}):
+            refuses(lambda: run(sft, tmp_path, data="unread", out=out, **changes), f"--out={out}: no folder")
+        refuses(lambda: save(out, tiny()), f"{name}/model.safetensors", "another folder")
     write = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     with mock.patch.object(Path, "unlink", write):
         refuses(lambda: hub.write_file(tmp_path / "x", write), "/x: ", "Permission denied")
-
-def test_a_fresh_run_leaves_an_earlier_one_whole_until_it_saves(tmp_path):
-    run(sft, tmp_path)
-    out, cfg = tmp_path / "out/sft", small(sft, tmp_path, steps=99)
-    before = {name: (out / name).read_bytes() for name in ("state.pt", "log.jsonl", "model.safetensors")}
-    running = data_run.Run(cfg)
-    running.log(loss=1)
-    assert before == {name: (out / name).read_bytes() for name in before}
-    refuses(lambda: data_run.Run(dataclasses.replace(cfg, resume=True)), "--steps=6, not 99")
-    running.save(*m.exported(tiny()))
-    running.log(loss=3)
-    assert log(out) == [{"step": 0, "loss": 1}, {"step": 0, "loss": 3}] and not (out / "log.jsonl.new").exists()
-    assert torch.load(out / "state.pt", weights_only=True)["log"] == running.lines[:1]
-
-def test_a_second_process_is_kept_out_of_the_folder_until_the_first_one_ends(tmp_path):
-    write_data(tmp_path / "data")
-    lock = f"from data.run import *; file = lock_folder({str(tmp_path / 'out/sft')!r}); print(1); input()"
+    cfg = small(sft, tmp_path)
+    lock = f"from data.run import *; file = lock_folder({cfg.out!r}); print(1); input()"
     with start([sys.executable, "-u", "-c", lock], stdin=subprocess.PIPE) as other:
         assert other.stdout.readline() == "1\n", other.stderr.read()
         for refused in (data_run.check_flags, data_run.Run):
-            refuses(lambda: refused(small(sft, tmp_path)), "--out=", "another process")
+            refuses(lambda: refused(cfg), "--out=", "another process")
         other.kill()
-    run(sft, tmp_path)
-
-def test_an_out_that_cannot_be_written_is_refused_before_the_data_are_read(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to("/no/where")
-    for name in ("file", "file/below", "link"):
-        for changes in ({}, {"dry_run": True}):
-            out = str(tmp_path / name)
-            refuses(lambda: run(sft, tmp_path, data="unread", out=out, **changes), f"--out={out}: no folder")
+    quiet(sft.main, cfg)  # the first one has ended
 
 def test_resume_refuses_inputs_that_have_changed(tmp_path):
     run_all(tmp_path)
@@ -2537,100 +2246,88 @@ def test_resume_refuses_inputs_that_have_changed(tmp_path):
     torch.save(state, tmp_path / "out/ppo/state.pt")  # as earlier versions wrote it
     assert "resuming" in quiet(resume)[1]
 
-def test_ranks_of_other_launchers_and_empty_ones_mean_one_process():
-    typed = [sys.executable, "-c", "import sys\nfrom data.run import *\nsys.stdout = sys.stderr\n"
-             "pick_device('cpu', 'float32'); sys.exit(f'{RANK} of {WORLD}')"]
+def test_ranks_of_other_launchers_and_poor_consoles_end_no_run_and_no_terminal_means_no_bar(tmp_path):
+    ranks = ("import sys\nfrom data.run import *\nsys.stdout = sys.stderr\n"
+             "pick_device('cpu', 'float32'); sys.exit(f'{RANK} of {WORLD}')")
     for given, said in (({"RANK": "1"}, "0 of 1"), ({"RANK": "", "WORLD_SIZE": ""}, "0 of 1"),
                         ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun")):
-        errors = finished(typed, env=os.environ | given).stderr
+        errors = finished([sys.executable, "-c", ranks], env=os.environ | given).stderr
         assert said in errors and "Traceback" not in errors, errors
-
-def test_a_console_that_lacks_a_character_ends_no_run():
     typed = [sys.executable, "-c", "import model\nprint(model.parse_flags(model.Config).prompt)"]
     done = finished([*typed, "--prompt=\u2192"], env=os.environ | {"PYTHONIOENCODING": "cp1252"})
     assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
-
-def test_resume_with_other_flags_is_refused(tmp_path):
-    run(sft, tmp_path)
-    refuses(lambda: run(sft, tmp_path, resume=True, lr=1e-5), "--lr=")
-
-def test_output_that_is_no_terminal_gets_no_progress_bar(tmp_path):
     done = finished(command(sft, tmp_path, tmp_path / "plain"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout and done.stdout.startswith("device cpu")
 
-def test_bad_input_is_refused_with_a_remedy(tmp_path):
-    run(sft, tmp_path)
-    out, empty, here = tmp_path / "out", tmp_path / "empty", os.getcwd()
+def test_bad_input_is_refused_with_a_remedy_before_the_run(tmp_path):
+    run_all(tmp_path)
+    data, empty, here = tmp_path / "data", tmp_path / "empty", os.getcwd()
     empty.mkdir()
-    parse = lambda: data_run.parse_flags(sft.Config, ["--weight-decay=1"])
-    refuses(parse, "--weight-decay", "Did you mean --weight_decay")
-    for stage, name, value, *fragments in (
-            (ppo, "minibatch", 3, "--batch=8", "--minibatch=3"), (sft, "microbatch", -1, "--microbatch=-1"),
-            (ppo, "minibatch", 0, "--minibatch=0"), (ppo, "clip", math.nan, "--clip=nan", "finite"),
-            (ppo, "lam", 1.5, "--lam=1.5"), (sft, "lr", 0.0, "--lr=0"),
-            (sft, "dtype", "half", "--dtype=half", "bfloat16"), (sft, "device", "warp", "--device=warp"),
-            (sft, "tokenizer", "klingon", "--tokenizer=klingon", "tiny or gpt2"),
-            (sft, "n_head", 5, "--n_head=5"), (reward, "block_size", 128, "--block_size=128"),
-            (ppo, "max_new_tokens", 64, "--max_new_tokens=64"),
-            (reward, "out", str(out / "sft"), "overwrite --init"),
-            (ppo, "out", str(out / "reward"), "overwrite --reward"),
-            (reward, "init", str(tmp_path / "nothing"), "no checkpoint here"),
-            (sft, "data", str(tmp_path / "nowhere"), "nowhere"), (sft, "data", str(empty), "sft.jsonl")):
-        refuses(lambda: run(stage, tmp_path, **{name: value}), *fragments)
+    policy, scorer, nowhere = (str(tmp_path / name) for name in ("out/sft", "out/reward", "nowhere"))
+    for stage, flags, *fragments in (
+            (ppo, {"minibatch": 3}, "--batch=8"), (ppo, {"minibatch": 0}), (sft, {"microbatch": -1}),
+            (ppo, {"clip": math.nan}, "finite"), (ppo, {"lam": 1.5}), (sft, {"lr": 0.0}),
+            (sft, {"dtype": "half"}, "bfloat16"), (sft, {"device": "warp"}), (ppo, {"max_new_tokens": 64}),
+            (sft, {"tokenizer": "klingon"}, "tiny or gpt2"), (sft, {"n_head": 5}),
+            (reward, {"block_size": 128}), (ppo, {"kl_target": 3.0, "kl_coef": 0.0})):
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        refuses(lambda: run(stage, tmp_path, **flags), *given, *fragments)
+    for stage, flags, *fragments in (
+            (sft, {"resume": True, "lr": 1e-5}, "--lr="), (sft, {"data": str(empty)}, "sft.jsonl"),
+            (reward, {"out": policy}, "overwrite --init"), (ppo, {"out": scorer}, "overwrite --reward"),
+            (reward, {"init": nowhere}, "no checkpoint here"), (sft, {"data": nowhere}, "nowhere"),
+            (ppo, {"reward": policy}, "out/sft: a language model", "reward model is needed"),
+            *((stage, {"init": scorer, "out": nowhere}, "out/reward: a reward model",
+               "a language model is needed") for stage in (sft, reward, ppo))):
+        refuses(lambda: run(stage, tmp_path, **flags), *fragments)
+    for flags, said in (({"model": policy, "reward": policy}, "out/sft: a language model"),
+                        ({"model": scorer}, "out/reward: a reward model")):
+        refuses(lambda: m.main(m.Config(**flags, prompt="Hi", device="cpu")), said)
+    refuses(lambda: data_run.parse_flags(sft.Config, ["--weight-decay=1"]), "--weight-decay",
+            "Did you mean --weight_decay")
+    with mock.patch.object(data_run, "WORLD", 3):  # what does not divide among the processes
+        for flags, *fragments in (({}, "--batch=8", "3 processes"),
+                                  ({"batch": 6, "offload": "all"}, "--offload=all")):
+            refuses(lambda: data_run.check_flags(small(sft, tmp_path, **flags)), *fragments)
     try:
-        os.chdir(tmp_path / "data")  # where there is no out/sft
+        os.chdir(data)  # where there is no out/sft
         refuses(lambda: m.load_model("out/sft"), 'Run "python sft.py" first')
     finally:
         os.chdir(here)
+    stranger = tiny(Scorer)
+    stranger.cfg.tokenizer = "gpt2"
+    with mock.patch.object(ppo, "load_model", return_value=stranger):
+        refuses(lambda: run(ppo, tmp_path), "gpt2 tokens", "tiny tokens")
     for text, *fragments in (("", "sft.jsonl"),
                              ('{"messages": [{"role": "user", "content": "x"}]\n', "sft.jsonl:1", "JSON")):
         (empty / "sft.jsonl").write_text(text)
         refuses(lambda: run(sft, tmp_path, data=str(empty)), *fragments)
+    with open(data / "prompts.val.jsonl", "a") as f:
+        f.write(json.dumps({"prompt": [user("What?")]}) + "\n")
+    refuses(lambda: run(ppo, tmp_path, reward="check"), "--reward=check", 'have no "check"')
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path):
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path):
     loss = lambda net, rows, device: net.wte.weight.sum(1, keepdim=True) * math.nan
     with mock.patch.object(sft, "negative_log_likelihood", loss):
         refuses(lambda: run(sft, tmp_path), "step 1", "nan")
-
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_stops_the_run(tmp_path):
     run_all(tmp_path)
-    saved = lambda stage: (tmp_path / "out" / stage.__name__ / "model.safetensors").read_bytes()
-    weights = {stage: saved(stage) for stage in (sft, reward, ppo)}
-    first = lambda net: next(p for p in net.parameters() if p.requires_grad)
     for stage, where in ((sft, "learn"), (reward, "learn"), (ppo, "ppo_gradients")):
-        function = getattr(stage, where)
+        path, function = tmp_path / "out" / stage.__name__ / "model.safetensors", getattr(stage, where)
+        whole = path.read_bytes()
         def overflows(*args):  # a finite loss whose gradient is not
             out = function(*args)
             net = args[2].actor if stage is ppo else args[0]
-            first(net).accumulate_grad(torch.full_like(first(net), math.inf))
+            first = next(p for p in net.parameters() if p.requires_grad)
+            first.accumulate_grad(torch.full_like(first, math.inf))
             return out
         with mock.patch.object(stage, where, overflows):
             refuses(lambda: run(stage, tmp_path, save_every=1), "grad_norm is inf", "last good checkpoint")
-        assert saved(stage) == weights[stage]
+        assert path.read_bytes() == whole, stage
     w = torch.nn.Parameter(torch.ones(2))
     adam = OffloadedAdamW([w], 0.1)
     (w * math.inf).sum().backward()
     assert adam.step(0.1, 1.0) == math.inf and torch.equal(w, torch.ones(2))
-
-def test_a_folder_knows_what_it_is(tmp_path):
-    run_all(tmp_path)
-    policy, scorer = str(tmp_path / "out/sft"), str(tmp_path / "out/reward")
-    refuses(lambda: run(ppo, tmp_path, reward=policy), "out/sft: a language model", "reward model is needed")
-    chat = m.Config(model=policy, reward=policy, prompt="Hi", device="cpu")
-    refuses(lambda: m.main(chat), "out/sft: a language model")
-    other = str(tmp_path / "other")
-    for stage in (sft, reward, ppo):
-        refuses(lambda: run(stage, tmp_path, init=scorer, out=other), "out/reward: a reward model",
-                "a language model is needed")
-    refuses(lambda: m.main(m.Config(model=scorer, prompt="Hi", device="cpu")), "out/reward: a reward model")
-
-def test_without_a_reward_model_the_critic_starts_from_stage_1_and_predicts_0(tmp_path):
-    run(sft, tmp_path)
-    models, _ = ppo.load_models(small(ppo, tmp_path, reward="check"), CPU, torch.float32)
-    assert models.reward_model is None and not models.critic.score.weight.any()
-    for name, p in models.actor.state_dict().items():
-        assert torch.equal(p, models.critic.state_dict()[name])
 
 def test_a_reply_may_hold_token_0():
     models = ppo.Models(tiny(), tiny(), tiny(Scorer), tiny(Scorer))
@@ -2639,41 +2336,20 @@ def test_a_reply_may_hold_token_0():
         batch = ppo.rollout(0, [{"ids": [7, 8]}, {"ids": [9, 8]}], models, TINY, cfg, 0.05)
     assert batch["mask"].sum(1).tolist() == [3, 2] and batch["logprobs"].count_nonzero() == 5
 
-def test_what_a_run_needs_at_its_end_is_checked_at_its_start(tmp_path):
+def test_without_a_reward_model_the_critic_is_stage_1_predicting_0_and_long_prompts_lose_their_left(tmp_path):
     run(sft, tmp_path)
-    with open(tmp_path / "data/prompts.val.jsonl", "a") as f:
-        f.write(json.dumps({"prompt": [user("What?")]}) + "\n")
-    refuses(lambda: run(ppo, tmp_path, reward="check"), "--reward=check", "have no \"check\"")
-    refuses(lambda: run(ppo, tmp_path, kl_target=3.0, kl_coef=0.0), "--kl_target=3.0", "--kl_coef=0.0")
-
-def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
-    run(sft, tmp_path)
-    save(tmp_path / "out/reward", tiny(Scorer))
-    loaded = m.load_model
-    def as_gpt2(folder, cls=GPT, **rest):
-        net = loaded(folder, cls, **rest)
-        net.cfg.tokenizer = "gpt2" if cls is Scorer else net.cfg.tokenizer
-        return net
-    with mock.patch.object(ppo, "load_model", as_gpt2):
-        refuses(lambda: run(ppo, tmp_path), "gpt2 tokens", "tiny tokens")
-
-def test_long_prompts_are_trimmed_from_the_left_and_counted(tmp_path):
-    run(sft, tmp_path)
+    models, _ = ppo.load_models(small(ppo, tmp_path, reward="check"), CPU, torch.float32)
+    assert models.reward_model is None and not models.critic.score.weight.any()
+    for name, p in models.actor.state_dict().items():
+        assert torch.equal(p, models.critic.state_dict()[name])
+    long = [user("why " * 200)]
     with open(tmp_path / "data/prompts.jsonl", "a") as f:
-        f.write(json.dumps({"prompt": [user("why " * 200)], "check": "no"}) + "\n")
+        f.write(json.dumps({"prompt": long, "check": "no"}) + "\n")
     (train, _), text = quiet(ppo.load_prompts, small(ppo, tmp_path), TINY)
-    assert "; 1 longer than 52 tokens" in text and max(len(row["ids"]) for row in train) == 52
+    assert "; 1 longer than 52 tokens" in text and train[-1]["ids"] == TINY.prompt(long, 10**9)[-52:]
     longest = max(len(row["ids"]) for row in train[:-1])  # a prompt that just fits is whole
     cfg = small(ppo, tmp_path, max_new_tokens=64 - longest)
-    assert f"; 1 longer than {longest} tokens" in quiet(ppo.load_prompts, cfg, TINY)[1]
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(sft, tmp_path)
-    path = tmp_path / "out/sft/model.safetensors"
-    data = path.read_bytes()
-    for damage in (data[:100], data[:-500], b"\xff" * 16, b""):
-        path.write_bytes(damage)
-        refuses(lambda: m.load_model(path.parent), "model.safetensors")
+    assert longest <= 52 and f"; 1 longer than {longest} tokens" in quiet(ppo.load_prompts, cfg, TINY)[1]
 
 
 # --- running them on damaged files and flags ----------------------------------------------------------------
@@ -2695,7 +2371,7 @@ def damaged(data, draw, head=None):
     return bytes(data)
 
 def survives(path, use, head=None):
-    whole, draw, refused = path.read_bytes(), random.Random(path.name), 0
+    whole, draw = path.read_bytes(), random.Random(path.name)
     for i in range(FUZZ):
         data = damaged(whole, draw, head)
         path.write_bytes(data)
@@ -2703,35 +2379,32 @@ def survives(path, use, head=None):
             quiet(use)
         except SystemExit as error:
             assert error.code and isinstance(error.code, str)
-            refused += 1
         except Exception as error:
             raise AssertionError(f"{path.name}, mutation {i}: {data[:300]}") from error
     path.write_bytes(whole)
     quiet(use)
-    if "FUZZ" in os.environ:
-        print(f"{path.name}: {FUZZ:,} mutations, {refused:,} refused", file=sys.__stdout__)
 
-def test_fuzz_checkpoints(tmp_path):
-    weights, old, index = (tmp_path / name for name in (
+def test_fuzz_checkpoints_and_what_a_resume_reads(tmp_path):
+    cfg, out = small(sft, tmp_path, steps=2, n_layer=1, n_embd=8, resume=True), tmp_path / "out/sft"
+    quiet(sft.main, cfg)
+    load = lambda: m.load_model(out)
+    for name in ("state.pt", "log.jsonl"):
+        survives(out / name, lambda: data_run.Run(cfg))
+    weights, old, index = (out / name for name in (
         "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"))
-    save(tmp_path, tiny(n_layer=1, n_embd=8))
-    load, tensors = lambda: m.load_model(tmp_path), hub.read_safetensors(weights)
-    survives(tmp_path / "config.json", load)
-    survives(weights, load, head=8 + int.from_bytes(weights.read_bytes()[:8], "little"))
+    whole, tensors = weights.read_bytes(), hub.read_safetensors(weights)
+    survives(out / "config.json", load)
+    survives(weights, load, head=8 + int.from_bytes(whole[:8], "little"))
     torch.save(dict(tensors), old)
-    hub.write_safetensors(tmp_path / "part.safetensors", tensors)
+    hub.write_safetensors(out / "part.safetensors", tensors)
+    for damage in (whole[:100], whole[:-500], b"\xff" * 16, b""):
+        weights.write_bytes(damage)
+        refuses(load, "model.safetensors")
     weights.unlink()
     survives(old, load)
     old.unlink()
     index.write_text(json.dumps({"weight_map": {name: "part.safetensors" for name in tensors}}))
     survives(index, load)
-
-def test_fuzz_what_a_resume_reads(tmp_path):
-    shape = dict(steps=2, n_layer=1, n_embd=8)
-    run(sft, tmp_path, **shape)
-    cfg = small(sft, tmp_path, resume=True, **shape)
-    for name in ("state.pt", "log.jsonl"):
-        survives(tmp_path / "out/sft" / name, lambda: data_run.Run(cfg))
 
 def test_fuzz_data(tmp_path):
     write_data(tmp_path / "data")
@@ -2746,11 +2419,8 @@ def test_fuzz_data(tmp_path):
         (tmp_path / name).write_bytes(data)
         survives(tmp_path / name, lambda: prepare.main([tmp_path / name], tmp_path / "out"))
 
-def test_fuzz_flags(tmp_path):
-    with mock.patch.object(data_run, "lock_folder"):  # no folder is made
-        fuzz_flags()
-
-def fuzz_flags():
+@mock.patch.object(data_run, "lock_folder", mock.Mock())  # no folder is made
+def test_fuzz_flags():
     draw, passed, signs = random.Random(0), 0, ("=", "=", "=", "", "-", "x=")
     values = ["", *"0 -1 1 3 0.5 1e999 nan -inf yes all gpt2 / ..".split(), "9" * 30]
     for i in range(FUZZ):
@@ -2767,8 +2437,7 @@ def fuzz_flags():
             assert error.code, argv
             continue
         passed += 1
-        for name, value in dataclasses.asdict(cfg).items():
-            assert not isinstance(value, float) or math.isfinite(value), (argv, name)
+        assert all(math.isfinite(x) for x in dataclasses.astuple(cfg) if isinstance(x, float)), (argv, cfg)
     assert FUZZ / 50 < passed < FUZZ
 
 
@@ -2806,10 +2475,8 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(tmp
     out, ids = tmp_path / "killed", random_ids(4, 16)
     typed = command(sft, tmp_path, out, steps=40, lora_rank=0)
     process = torchrun(2, typed, "--monitor-interval=2")  # the interval leaves the other one time to speak
-    wait_for_step(process, out, 5)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    errors = stopped(process, out, 5, lambda: os.kill(int(children.read_text().split()[-1]), signal.SIGKILL))
     assert process.returncode != 0 and "SIGKILL" in errors, errors
     assert "process 0: another process of this job has ended." in errors, errors
     m.load_model(out)
@@ -2819,30 +2486,16 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(tmp
     close(*(net.logits(net(ids)) for net in nets), 1e-3)
 
 def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
-    class Sharded(memory.FSDPModule):
-        def __new__(cls, *_):
-            return object.__new__(cls)
-        def __init__(self, name, h=()):
-            self.name, self.h = name, h
-        def set_reshard_after_forward(self, on, recurse):
-            done.append((self.name, f"reshard after forward: {on}", recurse))
-        def unshard(self):
-            done.append((self.name, "unshard"))
-        def reshard(self):
-            done.append((self.name, "reshard"))
-    done, model = [], Sharded("model", [Sharded("block")])
-    with memory.unsharded(model):
-        assert done == [step for name in ("block", "model") for step in (
-            (name, "reshard after forward: False", False), (name, "unshard"))]
-        done.clear()
-    assert done == [("block", "reshard after forward: True", False), ("block", "reshard"),
-                    ("model", "reshard after forward: False", False), ("model", "reshard")]
-
-def test_what_does_not_divide_among_the_processes_is_refused(tmp_path):
-    check = lambda **changes: lambda: data_run.check_flags(small(sft, tmp_path, **changes))
-    with mock.patch.object(data_run, "WORLD", 3):
-        refuses(check(), "--batch=8", "3 processes")
-        refuses(check(batch=6, offload="all"), "--offload=all")
+    calls, block, model = mock.Mock(), mock.call.block, mock.call.model
+    for name in ("block", "model"):
+        calls.attach_mock(mock.create_autospec(memory.FSDPModule, instance=True), name)
+    calls.model.h = [calls.block]
+    with memory.unsharded(calls.model):
+        assert calls.mock_calls == [block.set_reshard_after_forward(False, recurse=False), block.unshard(),
+                                    model.set_reshard_after_forward(False, recurse=False), model.unshard()]
+        calls.reset_mock()
+    assert calls.mock_calls == [block.set_reshard_after_forward(True, recurse=False), block.reshard(),
+                                model.set_reshard_after_forward(False, recurse=False), model.reshard()]
 
 
 # --- the house ----------------------------------------------------------------------------------------------
@@ -2883,17 +2536,15 @@ def readme():
     with tempfile.TemporaryDirectory() as folder:
         copy, cache = Path(folder) / "copy", Path(folder) / "hub"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
-        pair = {"chosen": "\n\nHuman: Why %d?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Why %d?\n\nAssistant: No."}
-        rows = "\n".join(json.dumps({side: words % i for side, words in pair.items()}) for i in range(60))
-        prose, zipped = "All the world is a stage.\n\n" * 200, gzip.compress(rows.encode())
-        (copy / "helpful-base.test.jsonl.gz").write_bytes(zipped)
-        for name, data in (("mine.jsonl", rows), ("book.txt", prose), ("tinyshakespeare.txt", prose)):
-            (copy / name).write_text(data)
-        # a small stand-in for the hub's model
-        net = GPT(GPTConfig(50304, 1024, 1, 2, 8, "gpt2")).initialize(rng(0))
+        said = "\n\nHuman: Why %d?\n\nAssistant: %s."
+        rows = [{"chosen": said % (i, "Because"), "rejected": said % (i, "No")} for i in range(60)]
+        pairs, prose = "\n".join(map(json.dumps, rows)).encode(), b"All the world is a stage.\n\n" * 200
+        for name, data in {"mine.jsonl": pairs, "helpful-base.test.jsonl.gz": gzip.compress(pairs),
+                           "book.txt": prose, "tinyshakespeare.txt": prose}.items():
+            (copy / name).write_bytes(data)
+        net = GPT(GPTConfig(50304, 1024, 1, 2, 8, "gpt2")).initialize(rng(0))  # stands in for the hub's
         save(cache / "models--openai-community--gpt2/snapshots/main", net)
-        environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
         for line in commands(text):
             if line.startswith(SKIP):
                 print(f"skipped: {line}", flush=True)
@@ -2903,8 +2554,7 @@ def readme():
             for script, flags in SHORT.items():
                 typed = re.sub(rf" {script}\b(?![^&]*--dry_run)[^&]*", rf"\g<0> {flags} ", typed)
             since = time.time()
-            done = finished(typed, shell=True, cwd=copy, env=environment, stdin=subprocess.DEVNULL,
-                            timeout=None)
+            done = finished(typed, shell=True, cwd=copy, env=env, stdin=subprocess.DEVNULL, timeout=None)
             assert done.returncode == 0, f"README: {line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             print(f"ran in {time.time() - since:3.0f} s: {line}", flush=True)
         for file, old, new, name in exercises(text):
