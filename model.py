@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import hub
 from data.batches import branching, map_by_length, pad, rng
+from data.kernels import is_packed, linear, prepacked
 from data.run import check_flags, parse_flags, pick_device, require
 from data.tokenizer import VOCAB_SIZE, Tokenizer
 from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_tensor, local_shard, logits_of,
@@ -61,7 +62,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         # (..., in) -> (..., out); LoRA goes through (..., rank), never making the (out, in) matrix B A
-        y = super().forward(x)
+        y = linear(x, self.weight, self.bias)
         return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
@@ -187,6 +188,8 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> float32 (..., V). In bfloat16 a row lacks a constant: see mean_row() in memory.py."""
         with memory_tag("logits"):
+            if is_packed(self.wte.weight):
+                return linear(hidden, self.wte.weight).float()
             chunk = 8192 if self.streamed_blocks else self.cfg.vocab_size  # rows that come at a time
             out = torch.cat([logits_of(hidden.flatten(0, -2), w)
                              for _, w in vocab_chunks(self.wte.weight, chunk, self.device)], -1)
@@ -362,31 +365,32 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     # of the cache is
     rows, replies, ended = list(range(len(prompts))), [[] for _ in prompts], set()
     lengths = torch.tensor([len(p) for p in prompts]).to(device)
-    for step in range(max_new_tokens):
-        # 2. one token a row
-        with memory_tag("logits"):
-            token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
-        for row, t in zip(rows, token.tolist()):  # the wait
-            if row not in ended:
-                replies[row].append(t)
-                if on_token:
-                    on_token(row, t)
-                if t == end:
-                    ended.add(row)
-        if step + 1 == max_new_tokens or len(ended) == len(prompts):
-            break
-        # 3. rows that have ended leave the batch
-        going_on_first = sorted(range(len(rows)), key=lambda i: rows[i] in ended)
-        kept = sorted(going_on_first[:few_shapes(len(prompts) - len(ended), 8)])
-        if len(kept) < len(rows):
-            rows = [rows[i] for i in kept]
-            kept = torch.tensor(kept).to(device)
-            token, lengths, u = token[kept], lengths[kept], u[kept]
-            cache.select(kept)
-        # 4. the tokens go in, each at its row's next position
-        cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
-        hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
-        lengths = lengths + 1
+    with prepacked(model, len(prompts)):
+        for step in range(max_new_tokens):
+            # 2. one token a row
+            with memory_tag("logits"):
+                token = sample(model.logits(hidden), u[:, step], temperature, top_k, top_p)  # (B,)
+            for row, t in zip(rows, token.tolist()):  # the wait
+                if row not in ended:
+                    replies[row].append(t)
+                    if on_token:
+                        on_token(row, t)
+                    if t == end:
+                        ended.add(row)
+            if step + 1 == max_new_tokens or len(ended) == len(prompts):
+                break
+            # 3. rows that have ended leave the batch
+            going_on_first = sorted(range(len(rows)), key=lambda i: rows[i] in ended)
+            kept = sorted(going_on_first[:few_shapes(len(prompts) - len(ended), 8)])
+            if len(kept) < len(rows):
+                rows = [rows[i] for i in kept]
+                kept = torch.tensor(kept).to(device)
+                token, lengths, u = token[kept], lengths[kept], u[kept]
+                cache.select(kept)
+            # 4. the tokens go in, each at its row's next position
+            cache.advance(lengths, max(len(prompts[row]) for row in rows) + step)
+            hidden = model(token[:, None], cache, positions=lengths[:, None])[:, 0]
+            lengths = lengths + 1
     return replies
 
 

@@ -45,7 +45,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import batches, dry_run, evaluation, hub, prepare, tokenizer
+from data import batches, dry_run, evaluation, hub, kernels, prepare, tokenizer
 from data import run as data_run
 from data.batches import pad, rng
 from data.tiny import make
@@ -1172,6 +1172,18 @@ def test_generation_ends_per_row_whoever_its_neighbours_are_and_when_all_have_en
     cache.select(torch.tensor([0, 2]))
     assert torch.equal(cache.kv, want) and cache.kv.data_ptr() == place  # no second cache
 
+def test_matrices_packed_for_decoding_give_the_same_logits():
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        net, idx = tiny().to(dtype), random_ids(2, 5)
+        plain = net.logits(net(idx))
+        with kernels.prepacked(net, 2):
+            able = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+            if dtype == torch.bfloat16:  # needs a processor that has it
+                able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            assert len(kernels.PACKED) == able * (2 * 4 + 1)  # four matrices a block, the output matrix
+            close(net.logits(net(idx)), plain, tolerance)
+        assert torch.equal(net.logits(net(idx)), plain) and not kernels.PACKED
+
 def test_a_bfloat16_model_decodes_what_its_full_forward_says():
     net, prompt = tiny().to(torch.bfloat16), [5, 6, 7, 8]
     reply = greedy(net, [prompt, prompt[:2]], 10)[0]
@@ -1576,10 +1588,11 @@ def test_a_reply_that_never_ends_gets_the_penalty_and_scores_are_clipped():
     scores = ppo.score_replies(reward_model, [{"ids": [5]}] * 3, [[6, TINY.end], [6, 7], [6, TINY.end]], None)
     for penalty, want in (1.0, [9.0, -1.5, -0.5]), (0.0, [9.0, 3.0, -0.5]):  # below every reply that ended
         assert ppo.penalize_unended(scores, torch.tensor([True, False, True]), penalty).tolist() == want
-    cfg, models, batch = a_rollout(score_clip=2.0)
-    models = models._replace(reward_model=mock.Mock(scores=lambda groups: torch.full((len(groups),), 9.0)))
-    scores = ppo.rollout(0, batch["rows"], models, TINY, cfg, 0.1)["scores"]
-    assert set(scores.tolist()) <= {2.0, 1.0}  # 9 is clipped to 2
+    cfg, models, batch = a_rollout(score_clip=2.0, missing_eos_penalty=0.0)
+    for score, clipped in ((9.0, 2.0), (-9.0, -2.0), (1.0, 1.0)):
+        judge = mock.Mock(scores=lambda groups: torch.full((len(groups),), score))
+        seen = ppo.rollout(0, batch["rows"], models._replace(reward_model=judge), TINY, cfg, 0.1)["scores"]
+        assert seen.tolist() == [clipped] * 8
 
 def test_whitened_numbers_have_mean_0_and_variance_1_over_the_mask():
     x, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 5.0, 99.0, 99.0]]), torch.ones(2, 4).bool()
@@ -1705,8 +1718,10 @@ def test_reward_check_needs_no_reward_model_and_learns(tmp_path):
     assert result["gold_after"] > result["gold_before"]
 
 def test_a_rollout_begins_at_distance_0_and_its_trace_shows_a_reply_token_by_token():
-    _, _, batch = a_rollout(temperature=0.7)
+    cfg, models, batch = a_rollout(temperature=0.7)
     assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
+    batch = ppo.rollout(0, batch["rows"], models._replace(reference=tiny(seed=3)), TINY, cfg, 0.05)
+    assert batch["kl"][batch["mask"]].abs().min() > 1e-3
     _, text = quiet(evaluation.trace, evaluation.token_table(batch, 0, TINY))
     head, *lines, last = text.splitlines()
     assert head.split() == "token logprob ref kl reward value return advantage".split()
@@ -2371,7 +2386,7 @@ def damaged(data, draw, head=None):
     return bytes(data)
 
 def survives(path, use, head=None):
-    whole, draw = path.read_bytes(), random.Random(path.name)
+    whole, draw, refused = path.read_bytes(), random.Random(path.name), 0
     for i in range(FUZZ):
         data = damaged(whole, draw, head)
         path.write_bytes(data)
@@ -2379,10 +2394,13 @@ def survives(path, use, head=None):
             quiet(use)
         except SystemExit as error:
             assert error.code and isinstance(error.code, str)
+            refused += 1
         except Exception as error:
             raise AssertionError(f"{path.name}, mutation {i}: {data[:300]}") from error
     path.write_bytes(whole)
     quiet(use)
+    if FUZZ > 100:
+        print(f"{path.name}: {FUZZ:,} mutations, {refused:,} refused", file=sys.__stdout__)
 
 def test_fuzz_checkpoints_and_what_a_resume_reads(tmp_path):
     cfg, out = small(sft, tmp_path, steps=2, n_layer=1, n_embd=8, resume=True), tmp_path / "out/sft"
@@ -2501,8 +2519,8 @@ def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
 # --- the house ----------------------------------------------------------------------------------------------
 
 def test_imports_run_one_way_and_no_stage_imports_another():
-    house = ("memory data.dry_run data.tokenizer data.hub data.batches data.run data.prepare data.evaluation "
-             "model").split()
+    house = ("memory data.dry_run data.kernels data.tokenizer data.hub data.batches data.run data.prepare "
+             "data.evaluation model").split()
     ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
     for i, name in enumerate([*house, "sft", "reward", "ppo"]):
         text = (ROOT / f"{name.replace('.', '/')}.py").read_text()

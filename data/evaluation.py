@@ -217,8 +217,8 @@ def accuracy_table(rows, margin):
     """-> {skill: (pairs, accuracy, ceiling)} with "all" last.
 
     Labels are noisy: a row's "agreement" is the probability that a rater chooses as its label says. Whoever
-    knows the raters' taste exactly sides with most of them, and is right where that is above 1/2. The share of
-    such rows is the ceiling; None where agreement is not known.
+    knows the raters' taste exactly sides with most of them, and is right where that is above 1/2. The share
+    of such rows is the ceiling; None where agreement is not known.
     """
     groups, table = defaultdict(list), {}
     for i, row in enumerate(rows):
