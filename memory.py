@@ -3,10 +3,10 @@
 Training one weight with AdamW in float32 takes 16 bytes: 4 for the weight, 4 for its gradient, 4 for each of
 two moments. PPO trains two of its four networks: 16 + 16 + 4 + 4 = 40 bytes, for GPT-2 124M 4.6 GiB, before
 a single activation. The tricks below bring that down. Two of them change results (bfloat16 rounds, LoRA
-learns fewer weights), the others at most the order of a sum, and each can be used alone:
+learns fewer weights), the others at most the order in which numbers are added:
 
-    bfloat16                                 2 bytes a weight and its gradient; 4 for the optimizer's master
-    OffloadedAdamW(params, lr, ...)          on the host: 4 master + 4 gradient + 8 moments, used once a step
+    bfloat16                                 2 bytes a weight, 2 its gradient; 4 for the optimizer's master
+    OffloadedAdamW(params, lr, ...)          on the host: 4 master + 4 gradient + 8 moments
     stream(model, device)                    also the 2 bytes on the host; two blocks at a time on the device
     checkpoint(function, x)                  keeps 2 C bytes a token of a block, its input, instead of 32 C
     token_logprobs(hidden, weight, targets)  no (tokens x vocabulary) matrix: 4 V bytes a token, 200 kB
@@ -242,7 +242,7 @@ class OffloadedAdamW:
     @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
         """Clip by the global norm (0: do not), update, copy the weights back -> the norm before clipping. If
-        that is not finite, nothing changes."""
+        that is not finite, nothing changes; zero_grad() forgets such gradients."""
         norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters])
         if WORLD > 1:
             norm = norm.new_tensor(all_reduce_sum(norm.item() ** 2)[0] ** 0.5)
@@ -344,7 +344,8 @@ def stream(model, device):
     """Keep the weights of the blocks (h) and the token embedding (wte) in host memory, pinned for a GPU; move
     the rest to `device`.
 
-    The device then holds two blocks, one computing and one arriving, whatever the depth. The embedding
+    The device then holds two blocks, one computing and one arriving, whatever the depth. (So call it before
+    the optimizer is made: weights move.) The embedding
     crosses over as the rows that a batch reads (`lookup`) and as the chunks that logits need
     (`token_logprobs`). Training needs OffloadedAdamW and checkpoint() around each block: without it the graph
     would keep all copies until backward, and the order of fetching would be wrong.

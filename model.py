@@ -186,7 +186,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> float32 (..., V). In bfloat16 a row lacks a constant: see mean_row() in memory.py."""
+        """(..., C) -> float32 (..., V). In bfloat16 less a constant of each position, which no softmax sees:
+        mean_row() in memory.py."""
         with memory_tag("logits"):
             if is_packed(self.wte.weight):
                 return linear(hidden, self.wte.weight).float()
@@ -266,8 +267,8 @@ def by_reply(x, replies):
 
 
 def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
-    """-> log-probabilities of the replies' tokens under the distribution that they were sampled from, and its
-    entropy if asked for, each float32 (B, R), 0 beyond a reply's end."""
+    """-> (log-probabilities of the replies' tokens under the distribution that generate() samples from at
+    this temperature, its entropy if asked for, else 0), each float32 (B, R), 0 beyond a reply's end."""
     # logits = hidden @ wte.T: dividing the one divides the other
     hidden = reply_states(model, prompts, replies) / temperature
     targets = [t for reply in replies for t in reply]
@@ -360,7 +361,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     idx = pad(list(which)).to(device)
     cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.wpe.weight)
     ends = torch.arange(len(which)), torch.tensor([len(p) - 1 for p in which])
-    hidden = model(idx, cache, tuple(x.to(device) for x in ends))[prompt]  # (B, C)
+    hidden = model(idx, cache, keep=tuple(x.to(device) for x in ends))[prompt]  # (B, C)
     # Who goes on is decided on the host, which waits for the device once a token. rows: whose reply each row
     # of the cache is
     rows, replies, ended = list(range(len(prompts))), [[] for _ in prompts], set()
@@ -379,7 +380,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
                         ended.add(row)
             if step + 1 == max_new_tokens or len(ended) == len(prompts):
                 break
-            # 3. rows that have ended leave the batch
+            # 3. rows that have ended leave the batch, but for a few
             going_on_first = sorted(range(len(rows)), key=lambda i: rows[i] in ended)
             kept = sorted(going_on_first[:few_shapes(len(prompts) - len(ended), 8)])
             if len(kept) < len(rows):
@@ -464,7 +465,7 @@ def make_model(cfg, cls, device, dtype):
         if not cfg.dry_run:
             model.initialize(rng(cfg.seed, "init"))
     elif not cfg.dry_run:
-        model = load_model(cfg.init, cls, head_seed=cfg.seed)  # the one place where a head is made
+        model = load_model(cfg.init, cls, head_seed=cfg.seed)  # a Scorer gets a fresh head
     elif cfg.init in hub.SIZES:
         model = cls(GPTConfig(VOCAB_SIZE["gpt2"], 1024, *hub.SIZES[cfg.init], "gpt2"))
     else:
@@ -549,6 +550,7 @@ def score_dialogue(reward_model, tokenizer, messages):
 def main(cfg):
     check_flags(cfg)
     require(cfg.prompt or sys.stdin, 'Standard input is closed, a chat reads it. Use --prompt="..." instead.')
+    require(cfg.compare != cfg.model, f"--compare={cfg.compare} is --model itself. Name another folder.")
     device, dtype = pick_device(cfg.device, cfg.dtype)
     models = {folder: load_model(folder, GPT, device, dtype) for folder in (cfg.model, cfg.compare) if folder}
     reward_model = load_model(cfg.reward, Scorer, device, dtype) if cfg.reward else None

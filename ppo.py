@@ -69,7 +69,7 @@ class Config:
     value_coef: float = 0.5
     score_clip: float = 5.0
     missing_eos_penalty: float = 1.0    # a reply without <|end|> scores this below the rollout's worst; 0: no
-    ptx_coef: float = 0.0       # weight of stage 1's loss on stage 1's data, against forgetting
+    ptx_coef: float = 0.0       # weight of stage 1's loss on stage 1's data ("pretraining mix")
     best_of_n: int = 16         # the yardstick in the last evaluation
     eval_prompts: int = 600     # held-out prompts in the last evaluation
     checkpoint: bool = False    # recompute activations in backward: less memory, a third more time
@@ -86,7 +86,7 @@ class Config:
 class Models(NamedTuple):
     actor: GPT                      # the policy: learns
     reference: GPT                  # stage 1, frozen
-    critic: Scorer | None           # starts from the reward model, learns to predict its score; or --group
+    critic: Scorer | None           # starts from the reward model, learns to predict its score; --group: None
     reward_model: Scorer | None     # stage 2, frozen; None: rewards come from the prompts' checks
 
 
@@ -100,8 +100,7 @@ def masked_mean(x, mask):
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Each token pays kl_coef * log(policy / reference); each reply's last one earns the score (B,)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask.size(1) - 1 - mask.flip(1).int().argmax(1)  # (B,): the first true of the flipped mask
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    rewards[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1] += scores
     return rewards
 
 
@@ -176,7 +175,7 @@ def as_batch(rows, replies, end, device):
     """-> what everything after generation works on, a dict of lists and tensors: rows, prompts and replies
     (lists of ids), mask (B, R), ended (B,)."""
     lengths = torch.tensor([len(reply) for reply in replies])
-    mask = torch.arange(lengths.max()) < lengths[:, None]
+    mask = torch.arange(lengths.max()) < lengths[:, None]  # true for the first tokens of each row
     ended = torch.tensor([reply[-1] == end for reply in replies])
     return {"rows": rows, "prompts": [row["ids"] for row in rows], "replies": replies,
             "mask": mask.to(device), "ended": ended.to(device)}
@@ -209,7 +208,7 @@ def respond(rows, models, tokenizer, cfg, generator):
     critic, values, each (B, R); scores (B,)."""
     actor, reference, critic, reward_model = models
     phase("rollout")
-    at_once = cfg.minibatch // WORLD
+    at_once = cfg.minibatch // WORLD  # a process's share of a minibatch
     replies = generate_many(actor, [row["ids"] for row in rows], cfg.max_new_tokens, tokenizer.end, generator,
                             at_once, cfg.temperature)
     if cfg.dry_run:  # every token is 0 there, and what sisters have in common is computed once
@@ -223,10 +222,12 @@ def respond(rows, models, tokenizer, cfg, generator):
         ref_logprobs = logprobs
         if reference is not actor:
             ref_logprobs, _ = policy_logprobs(reference, b["prompts"], b["replies"], cfg.temperature)
-        scores = score_replies(reward_model, b["rows"], b["replies"], tokenizer)
-        return logprobs, entropy, ref_logprobs, scores, *([predicted_values(critic, b)] if critic else [])
-    names = "logprobs", "entropy", "ref_logprobs", "scores", "values"
-    batch |= zip(names, map_microbatches(score, batch, cfg.microbatch or at_once))
+        out = {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs,
+               "scores": score_replies(reward_model, b["rows"], b["replies"], tokenizer)}
+        if critic:
+            out["values"] = predicted_values(critic, b)
+        return out
+    batch |= map_microbatches(score, batch, cfg.microbatch or at_once)
     batch["kl"] = batch["logprobs"] - batch["ref_logprobs"]
     return batch
 
@@ -289,7 +290,7 @@ def ppo_gradients(batch, minibatch, models, actor_learns, cfg):
     """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics, tensors on the device: this
     process's share of their means over the minibatch's reply tokens."""
     stats, n = defaultdict(float), sum(len(batch["replies"][i]) for i in minibatch)
-    # The batch is sorted by length: neighbours need little padding.
+    # The batch is sorted by the prompts' length: neighbours need little padding.
     for rows in microbatches(sorted(minibatch.tolist()), cfg.microbatch):
         b = slice_batch(batch, rows)
         if actor_learns:
@@ -326,7 +327,8 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
     Where the policy has moved by target_kl from the one that spoke, its gradient is dropped and it rests
     until the next rollout; the critic takes all its steps.
     """
-    generator, history, updates, actor_learns = rng(cfg.seed, "update", step), defaultdict(list), 0, True
+    generator = rng(cfg.seed, "update", step)
+    history, updates, actor_learns = defaultdict(list), 0, True
     phase("update")
     for minibatch in minibatches(len(batch["rows"]), cfg, generator):
         if not actor_learns and not models.critic:
@@ -450,7 +452,8 @@ def by_length(rows):
 def draw_rows(step, train, cfg):
     """The rows of rollout `step`, each `group` times."""
     group = cfg.group or 1
-    drawn = batch_at(step, (0,) * len(train), cfg.batch // group, cfg.seed)
+    lengths = (0,) * len(train)  # of replies nothing is known yet: any order
+    drawn = batch_at(step, lengths, cfg.batch // group, cfg.seed)
     return [row for row in by_length(train[i] for i in drawn) for _ in range(group)]
 
 
@@ -481,7 +484,7 @@ def main(cfg):
     run = Run(cfg, device)
     if run.state:
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(run.state[name])
+            optimizer.load_state_dict(run.state[name])  # the weights, too
         kl_coef = run.state["kl_coef"]
     with run:
         for step in run.steps("ppo"):

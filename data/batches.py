@@ -123,12 +123,12 @@ def slice_batch(batch, rows):
 
 
 def map_microbatches(function, batch, size):
-    """function(slice of the batch) -> list of tensors, (b,) or (b, r), for `size` replies at a time, shared
+    """function(slice of the batch) -> {name: tensor (b,) or (b, r)}, for `size` replies at a time, shared
     among the processes -> the tensors of all slices joined, (B,) or (B, R)."""
     B, R = batch["mask"].shape
 
     def run(i):
         out = function(slice_batch(batch, [*range(i, min(i + size, B))]))
-        return [x if x.dim() == 1 else F.pad(x, (0, R - x.size(1))) for x in out]
+        return {name: x if x.dim() == 1 else F.pad(x, (0, R - x.size(1))) for name, x in out.items()}
     slices = distributed_map(run, range(0, B, size))
-    return [torch.cat(x).to(batch["mask"].device) for x in zip(*slices)]
+    return {name: torch.cat([x[name] for x in slices]).to(batch["mask"].device) for name in slices[0]}
