@@ -405,7 +405,7 @@ def memory_peaks():
             if CUDA:
                 torch.cuda.reset_peak_host_memory_stats()
             with contextlib.redirect_stdout(io.StringIO()), Tracker() as tracker, \
-                    mock.patch.object(ppo, "generate", endless):
+                    mock.patch.object(m, "generate", endless):
                 stage.dry_iteration(cfg, DEVICE, dtype)
                 tracker.phase("end")
         except Exception as error:  # the next row may do better
