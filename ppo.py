@@ -289,7 +289,8 @@ def minibatches(n, cfg, generator):
 def ppo_gradients(batch, minibatch, models, actor_learns, cfg):
     """Gradients of PPO's two losses on a minibatch (row numbers) -> statistics, tensors on the device: this
     process's share of their means over the minibatch's reply tokens."""
-    stats, n = defaultdict(float), sum(len(batch["replies"][i]) for i in minibatch)
+    n = sum(len(batch["replies"][i]) for i in minibatch)  # tokens
+    stats = defaultdict(float)
     # The batch is sorted by the prompts' length: neighbours need little padding.
     for rows in microbatches(sorted(minibatch.tolist()), cfg.microbatch):
         b = slice_batch(batch, rows)
@@ -392,7 +393,8 @@ def evaluate(models, sets, tokenizer, cfg):
 def load_prompts(cfg, tokenizer):
     """-> (train rows, val rows), each with its `ids`."""
     max_prompt_tokens = cfg.block_size - cfg.max_new_tokens
-    out, trimmed = prepare.load(cfg.data, "prompts"), 0
+    out = prepare.load(cfg.data, "prompts")
+    trimmed = 0
     for row in out[0] + out[1]:
         ids = tokenizer.prompt(row["prompt"], 10**9)  # uncut
         row["ids"] = ids[-max_prompt_tokens:]
@@ -480,7 +482,8 @@ def main(cfg):
     print(f"{cfg.batch} replies / {cfg.minibatch} per minibatch = {cfg.batch // cfg.minibatch} gradient "
           f"steps x {cfg.epochs} epochs, {cfg.steps} times")
 
-    optimizers, kl_coef = make_optimizers(models, cfg), cfg.kl_coef
+    optimizers = make_optimizers(models, cfg)
+    kl_coef = cfg.kl_coef
     run = Run(cfg, device)
     if run.state:
         for name, optimizer in optimizers.items():
@@ -488,8 +491,9 @@ def main(cfg):
         kl_coef = run.state["kl_coef"]
     with run:
         for step in run.steps("ppo"):
-            rows, lr = draw_rows(step, train, cfg), linear_lr(step, cfg)
+            rows = draw_rows(step, train, cfg)
             batch = rollout(step, rows, models, tokenizer, cfg, kl_coef)
+            lr = linear_lr(step, cfg)
             log = update(step, batch, models, optimizers, lr, demonstrations, cfg)
             run.end_step(sum(map(len, batch["replies"])), **log)
 

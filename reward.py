@@ -200,10 +200,11 @@ def main(cfg):
     print(f"{sum(p.numel() for p in model.parameters()):,} weights; {cfg.steps} steps x {cfg.batch} pairs = "
           f"{cfg.steps * cfg.batch / len(train):.1f} epochs")
 
-    optimizer, right, pairs = make_optimizer(model, cfg, betas=(0.9, 0.95)), 0, 0
+    optimizer = make_optimizer(model, cfg, betas=(0.9, 0.95))
     run = Run(cfg, device)
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
+    right = pairs = 0  # since the last report
     with run:
         for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]

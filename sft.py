@@ -58,7 +58,8 @@ class Config:
 
 def load_examples(cfg, tokenizer):
     """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""
-    splits, encoded, cut = prepare.load(cfg.data, "sft"), [], 0
+    splits = prepare.load(cfg.data, "sft")
+    encoded, cut = [], 0
     for rows in splits:
         examples = []
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
