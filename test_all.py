@@ -1492,6 +1492,10 @@ def test_pretraining_on_text_reports_loss_per_character(tmp_path):
     book.write_text("\n\n".join(f"The cat number {i} sat on the mat." * 20 for i in range(60)))
     result, text = run(sft, tmp_path, data=str(book), steps=3)
     assert 0 < result["val_loss_per_character"] < result["val_loss"] and "; 0 longer than" in text
+    val = prepare.load(book, "sft")[1]
+    targets = tokenizer.count_targets(w for row in val for w in tokenizer.encode_demonstration(row, TINY, 64))
+    nats = result["val_loss"] * targets
+    close(result["val_loss_per_character"], nats / sum(len(row["text"]) for row in val), 1e-9)
     rows = [row for i in range(40) for row in ({"text": f"The cat number {i}."},
                                                {"messages": [user(f"{i}?"), assistant("Yes.")]})]
     mixed.write_text("\n".join(map(json.dumps, rows)))  # needs a text in every held-out row
