@@ -352,9 +352,9 @@ def stream(model, device):
     """
     cuda = device.type == "cuda"
     for name, child in model.named_children():
-        if name not in ("h", "wte"):
+        if name not in ("h", "wte", "lm_head"):
             child.to(device)
-    for p in [*model.h.parameters(), model.wte.weight]:
+    for p in [*model.h.parameters(), model.wte.weight, model.output_matrix]:
         if cuda and not p.is_pinned():
             p.data = p.data.pin_memory()
     shared = device, torch.cuda.Stream(device) if cuda else None, {}

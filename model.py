@@ -1,11 +1,13 @@
-"""GPT-2 from scratch: the network, LoRA, the KV cache and sampling, loading and saving, and a chat.
+"""GPT-2 and what became of it (Llama, Qwen3) from scratch: the network, LoRA, the KV cache and sampling,
+loading and saving, and a chat.
 
     python model.py --model=out/ppo                                  # a chat in the terminal
     python model.py --model=out/ppo --prompt="What is 2 plus 3?"     # one answer
 
-Reads a checkpoint folder in the Hugging Face hub's GPT-2 layout: config.json, model.safetensors. Shapes:
-B rows, T tokens, S tokens in the cache, C the width (n_embd), H heads, D = C / H, V the vocabulary. Where the
-weights live (streamed from the host, sharded among processes) is memory.py's business.
+Reads a checkpoint folder in the Hugging Face hub's layout: config.json, model.safetensors. Shapes: B rows,
+T tokens, S tokens in the cache, C the width (n_embd), H heads of width D, K of them with keys and values of
+their own (in GPT-2 all), V the vocabulary. Where the weights live (streamed from the host, sharded among
+processes) is memory.py's business.
 """
 import codecs
 import dataclasses
@@ -27,30 +29,46 @@ from data import hub
 from data.batches import branching, map_by_length, pad, rng
 from data.kernels import is_packed, linear, prepacked
 from data.run import check_flags, parse_flags, pick_device, require
-from data.tokenizer import VOCAB_SIZE, Tokenizer
+from data.tokenizer import VOCAB_SIZE, Tokenizer, same_tokens
 from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_tensor, local_shard, logits_of,
                     lookup, memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
 
 
-# --- the network: GPT-2, Radford et al. 2019 ----------------------------------------------------------------
+# --- the network: GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 ---------
 
 @dataclass
 class GPTConfig:
-    """The sizes of a network, named as in the hub's config.json."""
+    """The sizes of a network, named as in GPT-2's config.json, and those that its successors add."""
     vocab_size: int
-    n_positions: int          # the longest row that it can read
+    n_positions: int            # the longest row that it can read
     n_layer: int
     n_head: int
     n_embd: int
-    tokenizer: str            # the encoding that its ids belong to: tiny or gpt2
-    checkpoint: bool = False  # gradient checkpointing: recompute each block in backward
+    tokenizer: str              # what its ids mean: tiny, gpt2, or a folder with a tokenizer.json
+    model_type: str = "gpt2"    # or llama, qwen3
+    n_kv_head: int = 0          # heads of keys and values; 0: n_head
+    head_dim: int = 0           # 0: n_embd / n_head
+    n_inner: int = 0            # width inside an MLP; 0: 4 n_embd
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    rope_scaling: dict | None = None  # Llama 3.1's: see rotary_angles()
+    tied: bool = True           # the embedding is the output matrix, too
+    checkpoint: bool = False    # gradient checkpointing: recompute each block in backward
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
+
+    def norm(self):
+        return nn.LayerNorm(self.n_embd) if self.model_type == "gpt2" else RMSNorm(self.n_embd, self.norm_eps)
 
 
 class Linear(nn.Linear):
     """y = x W^T + b; with LoRA's adapters y + (x A^T) B^T: Hu et al. 2021, arXiv:2106.09685, eq. 3 with
-    alpha = rank."""
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
+    alpha = rank. Llama and its kin have no b."""
+    def __init__(self, in_features, out_features, cfg):
+        super().__init__(in_features, out_features, bias=cfg.model_type == "gpt2")
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
 
@@ -66,21 +84,63 @@ class Linear(nn.Linear):
         return y if self.lora_a is None else y + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D) + mask) v for q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2) * weight: LayerNorm without its mean and bias. Zhang & Sennrich 2019,
+    arXiv:1910.07467, eq. 4."""
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
+    def forward(self, x):
+        y = x.float()
+        return (y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+def rotary_angles(positions, cfg):
+    """positions (...) -> (cos, sin) of the angles by which RoPE turns queries and keys, each (..., D / 2).
+
+    Pair i of a head's D numbers turns by theta^(-2 i / D) a position: Su et al. 2021, arXiv:2104.09864, eq.
+    15. Llama 3.1 reads rows longer than those it was first trained on: pairs that turned less than `low`
+    times in these turn slower by `factor`, those with more than `high` turns as before, between them a mix.
+    """
+    D = cfg.head_dim
+    speed = 1 / cfg.rope_theta ** (torch.arange(0, D, 2, device=positions.device) / D)  # radians a position
+    if cfg.rope_scaling:
+        factor, low, high, trained_on = cfg.rope_scaling.values()
+        turns = trained_on * speed / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / factor)
+    angles = positions[..., None] * speed
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Queries or keys (B, H, T, D): the pair (x[i], x[i + D / 2]) turns by its angle, cos and sin
+    (B or 1, 1, T, D / 2). q . k then depends on how far apart two tokens are, not on where they stand."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D) + mask) v for q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
+
+    H / K neighbouring heads of queries share keys and values (Ainslie et al. 2023, arXiv:2305.13245).
     mask (B, 1, T or 1, S) is 0 for the keys that a token may see, -inf for the others. Without it S = T and
     attention is causal, which also hides padding: that is on the right, in the future of every real token.
     """
-    device = q.device.type
+    (B, H, T, D), K, S, device = q.shape, k.size(1), k.size(2), q.device.type
     # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows;
     # on Apple's MPS it gives wrong numbers for strided 16-bit inputs (pytorch#163597, #181133).
-    if device == "mps" or device == "cpu" and 1 < q.size(2) <= 512:
-        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
+    # Everything in k's type, for a CPU's cache is float32.
+    if device == "mps" or device == "cpu" and T <= 512:
         if mask is None:
-            mask = torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
-        return (scores + mask).softmax(-1) @ v
-    # one fused kernel, which never writes the (T, S) matrix; q in k's type, for a CPU's cache is float32
+            mask = torch.full((T, S), -math.inf, dtype=k.dtype, device=q.device).triu(1)
+        # queries of heads that share keys stand side by side, as if they were tokens: (B, K, H / K T, D)
+        scores = (q * D ** -0.5).to(k.dtype).reshape(B, K, -1, D) @ k.transpose(-1, -2)
+        weights = (scores.view(B, H, T, S) + mask).softmax(-1)
+        return (weights.view(B, K, -1, S) @ v).view(B, H, T, D).to(q.dtype)
+    # one fused kernel, which never writes the (T, S) matrix; every head of queries gets keys of its own
+    k, v = (x[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for x in (k, v))
     y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
     return y.to(q.dtype)
 
@@ -98,66 +158,89 @@ class Attention(nn.Module):
     """Every position gathers what it needs from those before it, by n_head patterns of attention at once."""
     def __init__(self, cfg):
         super().__init__()
-        self.n_head = cfg.n_head
-        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)  # queries, keys and values side by side
-        self.c_proj = Linear(cfg.n_embd, cfg.n_embd)
+        self.heads, self.head_dim = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head), cfg.head_dim
+        # queries, keys and values side by side
+        self.c_attn = Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, cfg)
+        self.c_proj = Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, cfg)
+        qwen3 = cfg.model_type == "qwen3"  # keeps q . k small: Dehghani et al. 2023, arXiv:2302.05442, sec. 2
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if qwen3 else nn.Identity()
 
-    def forward(self, x, cache=None, layer=0, mask=None):
+    def forward(self, x, cache=None, layer=0, mask=None, rotary=None):
         """x (B, T, C) -> (B, T, C). With a cache, also over the keys and values that it has of this layer."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # each (B, H, T, D)
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
+        q, k, v = heads.split(self.heads, 1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(layer, qkv[1:])
+            k, v = cache.update(layer, k, v)
         y = attend(q, k, v, mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
 class MLP(nn.Module):
     """The same two matrices at every position on its own."""
     def __init__(self, cfg):
         super().__init__()
-        self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd)
-        self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.c_fc = Linear(cfg.n_embd, cfg.n_inner, cfg)
+        self.c_proj = Linear(cfg.n_inner, cfg.n_embd, cfg)
 
     def forward(self, x):
         # (B, T, C) -> (B, T, 4 C) -> (B, T, C); the tanh form of GELU is the one that GPT-2 was trained with
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
+class GatedMLP(nn.Module):
+    """An MLP whose inner numbers are multiplied by gates: SwiGLU, Shazeer 2020, arXiv:2002.05202, eq. 6."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = Linear(cfg.n_embd, 2 * cfg.n_inner, cfg)  # gates and numbers side by side
+        self.c_proj = Linear(cfg.n_inner, cfg.n_embd, cfg)
+
+    def forward(self, x):
+        gate, up = self.c_fc(x).chunk(2, -1)  # each (B, T, n_inner)
+        return self.c_proj(F.silu(gate) * up)
+
+
 class Block(nn.Module):
     """One layer. It adds to x, the residual stream, and normalises what it reads, not the stream itself."""
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.ln_1 = cfg.norm()
         self.attn = Attention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
-        self.mlp = MLP(cfg)
+        self.ln_2 = cfg.norm()
+        self.mlp = MLP(cfg) if cfg.model_type == "gpt2" else GatedMLP(cfg)
 
-    def forward(self, x, cache=None, layer=0, mask=None, keep=None):
+    def forward(self, x, cache=None, layer=0, mask=None, rotary=None, keep=None):
         """x (B, T, C) -> (B, T, C); with keep = (rows, columns), each (N,), only these positions (N, C)."""
-        x = x + self.attn(self.ln_1(x), cache, layer, mask)  # attention reads all of them
+        x = x + self.attn(self.ln_1(x), cache, layer, mask, rotary)  # attention reads all of them
         if keep is not None:
             x = x[keep]
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2. Its parameters have the hub's names, so that checkpoints need no renaming."""
+    """A language model. Its parameters have GPT-2's names, whatever cfg.model_type."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # (V, C), also the output matrix
-        self.wpe = nn.Embedding(cfg.n_positions, cfg.n_embd)
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # (V, C)
+        if cfg.model_type == "gpt2":
+            self.wpe = nn.Embedding(cfg.n_positions, cfg.n_embd)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.ln_f = cfg.norm()
+        if not cfg.tied:
+            self.lm_head = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.streamed_blocks = None  # what stream() runs instead of self.h
 
     def initialize(self, generator):
         """Random weights, their standard deviations such that activations keep their size at any width. (With
         GPT-2's fixed 0.02 a network of width 128 learned more slowly.)"""
         for name, p in self.named_parameters():
-            if name.startswith("w"):  # wte, wpe: logits of deviation 1/2, a first loss of ln V + (1/2)^2 / 2
+            if name.startswith(("wte", "wpe", "lm_head")):
+                # logits of deviation 1/2, a first loss of ln V + (1/2)^2 / 2
                 nn.init.normal_(p, std=0.5 / math.sqrt(self.cfg.n_embd), generator=generator)
             elif p.dim() >= 2:
                 # 2 n_layer projections add to the residual stream: they start smaller, by 1/sqrt(2 n_layer)
@@ -168,20 +251,26 @@ class GPT(nn.Module):
         return self
 
     def forward(self, idx, cache=None, keep=None, positions=None, branch=None):
-        """idx (B, T) -> hidden states after the final LayerNorm (B, T, C), or of some positions: see Block.
+        """idx (B, T) -> hidden states after the final norm (B, T, C), or of some positions: see Block.
 
         positions (B, T) are 0, 1, 2, ... if not given; branch (B, T): see branching() in data/batches.py.
         """
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
-        positions = positions.clamp(max=self.cfg.n_positions - 1)  # pad() rounds T up: only padding is beyond
-        x = lookup(self.wte.weight, idx) + self.wpe(positions)  # (B, T, C)
+        x = lookup(self.wte.weight, idx)  # (B, T, C)
+        if self.cfg.model_type == "gpt2":
+            rotary = None
+            # pad() rounds T up: only padding is beyond the last position
+            x = x + self.wpe(positions.clamp(max=self.cfg.n_positions - 1))
+        else:
+            rotary = [y.to(x.dtype).unsqueeze(-3) for y in rotary_angles(positions, self.cfg)]
         mask = cache.mask if cache is not None else None
         if branch is not None:
             mask = branch_mask(branch, x.dtype)
         for layer, block in enumerate(self.streamed_blocks or self.h):
             last = layer + 1 == len(self.h)
-            block = partial(block, cache=cache, layer=layer, mask=mask, keep=keep if last else None)
+            block = partial(block, cache=cache, layer=layer, mask=mask, rotary=rotary,
+                            keep=keep if last else None)
             x = checkpoint(block, x) if self.cfg.checkpoint and cache is None else block(x)
         return self.ln_f(x)
 
@@ -189,23 +278,27 @@ class GPT(nn.Module):
         """(..., C) -> float32 (..., V). In bfloat16 less a constant of each position, which no softmax sees:
         mean_row() in memory.py."""
         with memory_tag("logits"):
-            if is_packed(self.wte.weight):
-                return linear(hidden, self.wte.weight).float()
+            if is_packed(self.output_matrix):
+                return linear(hidden, self.output_matrix).float()
             chunk = 8192 if self.streamed_blocks else self.cfg.vocab_size  # rows that come at a time
             out = torch.cat([logits_of(hidden.flatten(0, -2), w)
-                             for _, w in vocab_chunks(self.wte.weight, chunk, self.device)], -1)
+                             for _, w in vocab_chunks(self.output_matrix, chunk, self.device)], -1)
             return out.view(*hidden.shape[:-1], -1)
+
+    @property
+    def output_matrix(self):
+        return self.wte.weight if self.cfg.tied else self.lm_head.weight  # (V, C)
 
     @property
     def device(self):
         """Where idx has to be. (With stream() the embedding and the blocks live elsewhere.)"""
-        return self.wpe.weight.device
+        return self.ln_f.weight.device
 
 
 class Scorer(GPT):
     """A GPT with one number at each position instead of a vocabulary: the reward model and the critic."""
     def __init__(self, cfg):
-        super().__init__(cfg)
+        super().__init__(dataclasses.replace(cfg, tied=True))  # no output matrix of its own
         self.score = nn.Linear(cfg.n_embd, 1, bias=False)  # nn's: always trained, no LoRA
 
     def initialize(self, generator):
@@ -229,11 +322,15 @@ class Scorer(GPT):
     @torch.no_grad()
     def shift(self, c):
         """Add the constant c to every score. The head has no bias (the hub's format has none), but
-        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h."""
+        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h.
+        -> whether ln_f has a bias: RMSNorm has none, and then scores stay as they are."""
+        if not isinstance(self.ln_f, nn.LayerNorm):
+            return False
         if isinstance(self, FSDPModule):
             self.reshard()
         w, bias = full_tensor(local_shard(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
         local_shard(bias).add_(shard_like((c * w / w.dot(w)).to(bias.dtype), bias))
+        return True
 
 
 def negative_log_likelihood(model, examples, device):
@@ -244,7 +341,7 @@ def negative_log_likelihood(model, examples, device):
     """
     idx = pad([idx for idx, _ in examples]).to(device)
     targets = pad([targets for _, targets in examples], -1).to(device)
-    logprobs, _ = token_logprobs(model(idx), model.wte.weight, targets)
+    logprobs, _ = token_logprobs(model(idx), model.output_matrix, targets)
     return -logprobs
 
 
@@ -269,37 +366,35 @@ def by_reply(x, replies):
 def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
     """-> (log-probabilities of the replies' tokens under the distribution that generate() samples from at
     this temperature, its entropy if asked for, else 0), each float32 (B, R), 0 beyond a reply's end."""
-    # logits = hidden @ wte.T: dividing the one divides the other
+    # logits = hidden @ output_matrix.T: dividing the one divides the other
     hidden = reply_states(model, prompts, replies) / temperature
     targets = [t for reply in replies for t in reply]
     targets = torch.tensor(targets + [-1] * (len(hidden) - len(targets))).to(model.device)
-    logprobs, entropies = token_logprobs(hidden, model.wte.weight, targets, entropy=entropy)
+    logprobs, entropies = token_logprobs(hidden, model.output_matrix, targets, entropy=entropy)
     return by_reply(logprobs, replies), by_reply(entropies, replies)
 
 
 # --- generation ---------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of the tokens so far, allocated once: (layers, 2, B, H, capacity, D). The first forward
+    """Keys and values of the tokens so far, allocated once: (layers, 2, B, K, capacity, D). The first forward
     is the prefill, its rows are the different prompts, and prompt (B,) says which of them each row has."""
     def __init__(self, cfg, prompt, capacity, like):
-        head_dim = cfg.n_embd // cfg.n_head
-        shape = cfg.n_layer, 2, len(prompt), cfg.n_head, few_shapes(capacity, 16), head_dim
+        shape = cfg.n_layer, 2, len(prompt), cfg.n_kv_head, few_shapes(capacity, 16), cfg.head_dim
         # A CPU attends twice as fast in float32. Zeros, as masked values must be numbers: 0 * nan = nan.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         with memory_tag("KV cache"):
             self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.prompt, self.rows, self.lengths, self.mask = prompt, None, None, None
 
-    def update(self, layer, kv):
-        """New keys and values (2, B, H, T, D) -> those of all tokens so far (2, B, H, S, D)."""
-        if self.mask is None:  # prefill
-            self.kv[layer, ..., :kv.size(3), :] = kv[:, self.prompt]
-            return kv
-        # One token a row, each at a position of its own. Index tensors with a slice between them move their
-        # dimension to the front: the left side is (B, 2, H, D), and transpose(0, 1) makes the right side so.
-        self.kv[layer, :, self.rows, :, self.lengths] = kv[..., 0, :].transpose(0, 1).to(self.kv.dtype)
-        return self.kv[layer, ..., :self.mask.size(-1), :]
+    def update(self, layer, *new):
+        """New keys and values, each (B, K, T, D) -> those of all tokens so far, each (B, K, S, D)."""
+        for kept, x in zip(self.kv[layer], new):  # kept (B, K, capacity, D)
+            if self.mask is None:  # prefill
+                kept[:, :, :x.size(2)] = x[self.prompt]
+            else:  # one token a row, each at a position of its own: (B, K, D)
+                kept[self.rows, :, self.lengths] = x[:, :, 0].to(kept.dtype)
+        return new if self.mask is None else self.kv[layer, ..., :self.mask.size(-1), :]
 
     def advance(self, lengths, longest):
         """The next forward has one token a row, at position `lengths` (B,), of which `longest` is the
@@ -359,7 +454,7 @@ def generate(model, prompts, max_new_tokens, end, temperature=1.0, top_k=0, top_
     which = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     prompt = torch.tensor([which[tuple(p)] for p in prompts]).to(device)
     idx = pad(list(which)).to(device)
-    cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.wpe.weight)
+    cache = Cache(cfg, prompt, idx.size(1) + max_new_tokens, model.ln_f.weight)
     ends = torch.arange(len(which)), torch.tensor([len(p) - 1 for p in which])
     hidden = model(idx, cache, keep=tuple(x.to(device) for x in ends))[prompt]  # (B, C)
     # Who goes on is decided on the host, which waits for the device once a token. rows: whose reply each row
@@ -417,10 +512,10 @@ def answer_prompts(model, tokenizer, cfg, rows):
 # --- loading, saving, and what of a model is trained --------------------------------------------------------
 
 def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=None):
-    """A folder in the hub's layout, or a name of hub.SIZES -> cls, GPT from a language model, Scorer from a
+    """A folder in the hub's layout, or a name of hub.MODELS -> cls, GPT from a language model, Scorer from a
     reward model. With head_seed a Scorer is made from a language model, its head drawn from that seed."""
     with first_process_first():  # one download is enough
-        folder = hub.hub_folder(folder) if folder in hub.SIZES and not Path(folder).exists() else folder
+        folder = hub.hub_folder(folder) if folder in hub.MODELS and not Path(folder).exists() else folder
     config, tensors = hub.read(folder)
     model = cls(GPTConfig(**config))
     kinds = "language model", "reward model"
@@ -429,6 +524,7 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
             "sft.py and ppo.py write language models, reward.py reward models.")
     if cls is Scorer and not has_head:
         tensors["score.weight"] = model.initialize_head(rng(head_seed, "head")).score.weight.detach()
+        tensors.pop("lm_head.weight", None)
     wanted = {(name, t.shape) for name, t in model.state_dict().items()}
     found = {(name, t.shape) for name, t in tensors.items()}
     wrong = sorted({name for name, _ in wanted ^ found})
@@ -453,21 +549,33 @@ def exported(model):
     return config, state
 
 
+SCRATCH = {"scratch": "gpt2", "scratch-llama": "llama", "scratch-qwen3": "qwen3"}  # --init: model_type
+
+
+def scratch_sizes(cfg):
+    """What --n_layer, --n_head and --n_embd leave open: half as many heads of keys, and an MLP whose three
+    matrices have as many weights as GPT-2's two."""
+    if cfg.init == "scratch":
+        return {}
+    return {"model_type": SCRATCH[cfg.init], "n_inner": few_shapes(8 * cfg.n_embd // 3, 64),
+            "n_kv_head": cfg.n_head // 2 if cfg.n_head % 2 == 0 else cfg.n_head}
+
+
 @memory_tag("weights")
 def make_model(cfg, cls, device, dtype):
     """--init -> (model, tokenizer): random weights of the size that the flags say, or a folder's.
 
     A dry run needs sizes only: no weights are read, and any tokenizer will do.
     """
-    if cfg.init == "scratch":
+    if cfg.init in SCRATCH:
         sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        model = cls(GPTConfig(VOCAB_SIZE[cfg.tokenizer], *sizes, cfg.tokenizer))
+        model = cls(GPTConfig(VOCAB_SIZE[cfg.tokenizer], *sizes, cfg.tokenizer, **scratch_sizes(cfg)))
         if not cfg.dry_run:
             model.initialize(rng(cfg.seed, "init"))
     elif not cfg.dry_run:
         model = load_model(cfg.init, cls, head_seed=cfg.seed)  # a Scorer gets a fresh head
-    elif cfg.init in hub.SIZES:
-        model = cls(GPTConfig(VOCAB_SIZE["gpt2"], 1024, *hub.SIZES[cfg.init], "gpt2"))
+    elif cfg.init in hub.MODELS:
+        model = cls(GPTConfig(**hub.MODELS[cfg.init][1], tokenizer="tiny"))
     else:
         model = cls(GPTConfig(**hub.read_config(cfg.init)))
     require(cfg.block_size <= model.cfg.n_positions,
@@ -503,7 +611,7 @@ class Config:
     compare: str = ""           # a second folder, to answer beside the first
     reward: str = ""            # a reward model's folder, to score the replies
     prompt: str = ""            # answer this and exit
-    max_new_tokens: int = 0     # 0: half of the context
+    max_new_tokens: int = 0     # 0: half of the context, at most 512
     temperature: float = 0.7    # 0: always the most likely token
     top_k: int = 0              # sample among the k most likely tokens; 0: all
     top_p: float = 1.0          # sample among the most likely tokens that make up this probability
@@ -522,7 +630,7 @@ def last_exchanges(messages, tokenizer, room):
 
 def reply(model, tokenizer, messages, cfg, generator):
     """Streams the assistant's next turn to the terminal and returns its text. Ctrl-C ends it."""
-    new, said = cfg.max_new_tokens or model.cfg.n_positions // 2, []
+    new, said = cfg.max_new_tokens or min(512, model.cfg.n_positions // 2), []
     room = model.cfg.n_positions - new
     prompt = tokenizer.prompt(last_exchanges(messages, tokenizer, room), room)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
@@ -554,12 +662,14 @@ def main(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype)
     models = {folder: load_model(folder, GPT, device, dtype) for folder in (cfg.model, cfg.compare) if folder}
     reward_model = load_model(cfg.reward, Scorer, device, dtype) if cfg.reward else None
-    names = {net.cfg.tokenizer for net in (*models.values(), reward_model) if net}
-    require(len(names) == 1, f"--compare, --reward: their tokenizers differ ({', '.join(sorted(names))}).")
+    names = {net.cfg.tokenizer: None for net in (*models.values(), reward_model) if net}
+    name, *others = names
+    require(all(same_tokens(name, other) for other in others),
+            f"--compare, --reward: their tokenizers differ ({', '.join(sorted(names))}).")
     context = min(net.cfg.n_positions for net in models.values())
     require(cfg.max_new_tokens < context,
             f"--max_new_tokens={cfg.max_new_tokens}: the context has {context} positions.")
-    tokenizer, generator = Tokenizer(names.pop()), rng(cfg.seed)
+    tokenizer, generator = Tokenizer(name), rng(cfg.seed)
     dialogues = {folder: [] for folder in models}
 
     def answer(text):

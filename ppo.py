@@ -25,7 +25,7 @@ from data import evaluation, prepare
 from data.batches import batch_at, map_microbatches, microbatches, rng, slice_batch
 from data.dry_run import run_dry
 from data.run import Run, check_flags, linear_lr, machine, parse_flags, pick_device, require
-from data.tokenizer import count_targets, encode_demonstration
+from data.tokenizer import count_targets, encode_demonstration, same_tokens
 from memory import WORLD, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
 from model import (GPT, Scorer, by_reply, exported, generate_many, load_model, make_model,
                    negative_log_likelihood, policy_logprobs, reply_states, setup_training)
@@ -425,14 +425,14 @@ def load_models(cfg, device, dtype):
     actor, tokenizer = make_model(cfg, GPT, device, dtype)
     if cfg.reward == "check" or cfg.dry_run:  # the critic starts from stage 1 and predicts 0
         critic = Scorer(actor.cfg).to(dtype)
-        state = {name: p for name, p in actor.state_dict().items() if "lora" not in name}
-        critic.load_state_dict(state | {"score.weight": torch.zeros_like(critic.score.weight)})
+        head = {"score.weight": torch.zeros_like(critic.score.weight)}
+        state = actor.state_dict() | head
+        critic.load_state_dict({name: state[name] for name in critic.state_dict()})
     else:
         critic = load_model(cfg.reward, Scorer, dtype=dtype)
-        name = critic.cfg.tokenizer
-        require(name == actor.cfg.tokenizer,
-                f"--reward={cfg.reward} reads {name} tokens, --init={cfg.init} writes "
-                f"{actor.cfg.tokenizer} tokens. Train the reward model with --init={cfg.init}.")
+        reads, writes = critic.cfg.tokenizer, actor.cfg.tokenizer
+        require(same_tokens(reads, writes), f"--reward={cfg.reward} reads {reads} tokens, --init={cfg.init} "
+                f"writes {writes} tokens. Train the reward model with --init={cfg.init}.")
         require(cfg.block_size <= critic.cfg.n_positions,
                 f"--block_size={cfg.block_size}: {cfg.reward} has {critic.cfg.n_positions} positions.")
     setup_training(critic, cfg, device)

@@ -23,7 +23,7 @@ from data.dry_run import run_dry
 from data.evaluation import measure_sets, report
 from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
 from memory import QUIET, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
-from model import (GPT, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
+from model import (GPT, SCRATCH, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
                    setup_training)
 
 
@@ -64,7 +64,7 @@ class Config:
 def encode_pair(row, tokenizer, block_size):
     """-> ids of (prompt, chosen, rejected). A prompt that is too long loses its beginning, as much as the
     longer reply asks for; None if only its last token would be left, <|assistant|>, or less."""
-    replies = [tokenizer.encode(row[side]) + [tokenizer.end] for side in ("chosen", "rejected")]
+    replies = [tokenizer.reply(row[side]) for side in ("chosen", "rejected")]
     room = block_size - max(map(len, replies))
     return (tokenizer.prompt(row["prompt"], room), *replies) if room > 1 else None
 
@@ -78,7 +78,7 @@ def load_pairs(cfg, tokenizer):
         fit = [row for row in rows if row["ids"]]
         out.append([row for row in fit if row["ids"][1] != row["ids"][2]])
         first_tokens = [row["ids"][0][0] for row in out[-1]]
-        cut += sum(token != tokenizer.user for token in first_tokens)  # with which a whole dialogue begins
+        cut += sum(token != tokenizer.first for token in first_tokens)  # with which a whole dialogue begins
         if len(fit) < len(rows):
             print(f"dropped {len(rows) - len(fit):,} pairs whose longer reply alone fills {cfg.block_size} "
                   "tokens")
@@ -140,7 +140,7 @@ def evaluate_margins(model, rows, cfg, reference=None):
 def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     """The average score of --init's own replies; None if it is scratch, or if there are no prompts."""
     rows = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
-    if cfg.init == "scratch" or not rows:
+    if cfg.init in SCRATCH or not rows:
         return None
     sft = load_model(cfg.init, GPT, dtype=dtype)
     shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # as --offload says
@@ -234,10 +234,11 @@ def main(cfg):
         summary |= measure_sets(prompts, partial(answer_prompts, model, tokenizer, cfg), tokenizer)
         return run.finish(**summary)
     offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
-    if offset is not None:
-        model.shift(-offset)
+    if offset is not None and model.shift(-offset):
         run.save_model(*exported(model))
         print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
+    elif offset is not None:
+        print(f"stage 1's replies average {offset:+.3f} (RMSNorm has no bias, with which to make it 0)")
     return run.finish(**summary)
 
 

@@ -65,7 +65,7 @@ def load_examples(cfg, tokenizer):
         for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
             examples += encode_demonstration(row, tokenizer, cfg.block_size)
             first_token = examples[-1][0][0]
-            cut += "messages" in row and first_token != tokenizer.user  # with which a whole dialogue begins
+            cut += "messages" in row and first_token != tokenizer.first  # with which a whole dialogue begins
         encoded.append([example for example in examples if count_targets([example])])
         if len(encoded[-1]) < len(examples):
             print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")

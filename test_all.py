@@ -56,6 +56,7 @@ from model import GPT, GPTConfig, Scorer, generate
 torch.set_num_threads(1)  # two threads gain nothing on tests this small, and wait for each other under load
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
 ROOT, CPU, TINY = Path(__file__).parent, torch.device("cpu"), Tokenizer("tiny")
+ASSISTANT, = TINY.header("assistant", first=False)
 
 
 # --- small things to test with ------------------------------------------------------------------------------
@@ -740,13 +741,13 @@ def test_text_round_trips_makes_no_control_tokens_and_has_the_same_ids_in_transf
                 _, i = min(pairs)
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             ids += [model["vocab"][part] for part in parts]
-        assert ids == TINY.encode(text) and TINY.decode(ids) == text and all(i < TINY.user for i in ids), text
+        assert ids == TINY.encode(text) and TINY.decode(ids) == text and all(i < TINY.first for i in ids)
     assert TINY.decode(TINY.encode(" " * 10**6 + "x")) == " " * 10**6 + "x" and TINY.vocab_size % 64 == 0
 
 def test_gpt2_has_its_known_values_and_long_texts_are_cut_where_tokens_end():
     ours = gpt2()
     assert ours.encode("Hello world") == [15496, 995] and ours.encode("\n\nHuman:") == [198, 198, 20490, 25]
-    assert (ours.user, ours.end, ours.vocab_size) == (50257, 50259, 50304)
+    assert (ours.first, ours.end, ours.vocab_size) == (50257, 50259, 50304)
     assert 50256 not in ours.encode("<|endoftext|>") and ours.decode([15496, 50256, 50259, 50300]) == "Hello"
     for coder in (TINY, ours):
         for blanks in ("\n\n  ", "\n" * 99):
@@ -758,23 +759,26 @@ def test_only_user_and_assistant_speak_and_a_system_message_goes_before_the_user
     import jinja2  # torch depends on it
     def refuse(message):
         raise SystemExit(message)
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.CHAT_TEMPLATE)
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        tokenizer.chat_template(TINY.chat, TINY.system))
     shown = lambda messages: template.render(messages=messages, raise_exception=refuse)
     system, tool = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42"}
-    turns = [system, system, user("a"), assistant("b"), user("c"), assistant("d")]
-    assert shown(turns) == shown(prepare.as_messages(turns)) == (
-        "<|user|>Be brief.\n\nBe brief.\n\na<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>")
+    turns = [system, user("a "), assistant("b"), user(" c"), assistant("d")]
+    assert shown(turns) == TINY.encoding.decode(TINY.render(turns)[0]) == (
+        "<|user|>Be brief.\n\na<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>")
+    assert prepare.as_messages([system, system, user("a"), system, user("b")]) == [
+        {"role": "system", "content": "Be brief.\n\nBe brief."}, user("a"), user("Be brief.\n\nb")]
     for wrong in (tool, system):
         for read in (shown, TINY.render):
-            refuses(lambda: read([user("a"), wrong]), wrong["role"])
+            refuses(lambda: read([user("a"), wrong]), "only user and assistant can speak")
 
 def test_both_replies_of_a_pair_see_the_same_prompt(tmp_path):
     question, longer = "a b c " * 20, "It is a very long story, and it does not end soon."
     row = {"prompt": [user(question)], "chosen": longer, "rejected": "No."}
-    reply = lambda text: [TINY.assistant, *TINY.encode(text), TINY.end]
+    reply = lambda text: [ASSISTANT, *TINY.encode(text), TINY.end]
     # the longer reply fills what the prompt leaves
-    prompt = [TINY.user, *TINY.encode(question)][len(reply(longer)) - 64:]
-    pair = prompt + [TINY.assistant], reply(longer)[1:], reply("No.")[1:]
+    prompt = [TINY.first, *TINY.encode(question.strip())][len(reply(longer)) - 64:]
+    pair = prompt + [ASSISTANT], reply(longer)[1:], reply("No.")[1:]
     assert reward.encode_pair(row, TINY, 64) == pair and len(pair[0] + pair[1]) == 64
     assert reward.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
     fits = len(reply("It is blue."))
@@ -790,7 +794,7 @@ def test_texts_become_windows_that_lose_no_token_and_long_dialogues_lose_their_b
     assert all(len(idx) == len(targets) <= 16 for idx, targets in windows)
     [(idx, targets)] = tokenizer.encode_demonstration({"messages": [question, assistant("Yes.")]}, TINY, 32)
     prompt = TINY.prompt([question], 20)
-    assert (len(idx), targets[-1]) == (32, TINY.end) and (len(prompt), prompt[-1]) == (20, TINY.assistant)
+    assert (len(idx), targets[-1]) == (32, TINY.end) and (len(prompt), prompt[-1]) == (20, ASSISTANT)
     assert tokenizer.count_targets([([5, 6, 7], [0, -1, 3]), ([8], [-1])]) == 2  # 0 is a token like any other
 
 def test_batches_cover_every_row_hold_similar_lengths_and_mix_anew_each_epoch():
@@ -889,6 +893,7 @@ def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(tmp_pat
         assert fetch.call_count == 1  # it would be as full a second later
 
 def test_without_a_network_a_home_or_a_folder_the_message_names_what_to_set(tmp_path):
+    tokenizer.read_words.cache_clear()
     with mock.patch.object(tokenizer.tiktoken, "get_encoding", side_effect=OSError("no route")):
         refuses(lambda: Tokenizer("gpt2"), "TIKTOKEN_CACHE_DIR", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
     (tmp_path / "file").touch()
@@ -931,12 +936,12 @@ def test_every_variant_of_a_folder_loads(tmp_path):
         close(half.wpe.weight, tiny().wpe.weight, 0.02)
 
 def test_what_is_written_is_read_back_in_our_names_and_orientation(tmp_path):
-    for net, labels, padding in ((tiny(), None, None), (tiny(Scorer), 1, TINY.user)):
+    for net, labels, padding in ((tiny(), None, None), (tiny(Scorer), 1, TINY.first)):
         config, tensors = m.exported(net)
         hub.write(str(tmp_path), config, tensors)  # a name does, too, as it does for read
         config_too, tensors_too = hub.read(str(tmp_path))
         stored = json.loads((tmp_path / "config.json").read_text())
-        assert config_too == config == hub.read_config(tmp_path)
+        assert GPTConfig(**config_too) == net.cfg and config_too == hub.read_config(tmp_path)
         assert (stored.get("num_labels"), stored.get("pad_token_id")) == (labels, padding)
         assert tensors_too.keys() == tensors.keys() == net.state_dict().keys()
         assert all(torch.equal(tensors_too[name], t) for name, t in net.state_dict().items())
@@ -946,16 +951,16 @@ def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(tmp_path):
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     load, settings = lambda: m.load_model(tmp_path), json.loads(config.read_text())
     tensors = {name: t.clone() for name, t in hub.read_safetensors(path).items()}
-    unknown = {"model_type": "llama", "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True,
-               "scale_attn_weights": False, "add_cross_attention": True, "layer_norm_epsilon": 1e-6,
-               "tokenizer": ["t"]}
+    unknown = {"model_type": "mistral", "activation_function": "relu", "scale_attn_weights": False,
+               "scale_attn_by_inverse_layer_idx": True, "add_cross_attention": True,
+               "layer_norm_epsilon": 1e-6, "tokenizer": ["t"]}
     for change, changed, *words in (
             *(({name: value}, {}, f"{name} is {value};") for name, value in unknown.items()),
-            ({"n_inner": 96}, {}, "n_inner 96"), ({"n_embd": None}, {}, "sizes"),
+            ({"n_inner": 96}, {}, "another shape", "c_fc"), ({"n_embd": None}, {}, "sizes"),
             ({"n_embd": 10**9}, {}, "sizes"), ({"vocab_size": 21128}, {}, "21128 rows", "tiny"),
             ({"n_layer": 5000}, {}, "more than model.safetensors holds"),
             ({}, {"transformer.wte.weight": torch.zeros(21128, 32)}, "21128 rows"),
-            ({}, {"lm_head.weight": torch.zeros(1024, 32)}, "wte.weight", "tied"),
+            ({}, {"lm_head.weight": torch.zeros(1024, 32)}, "lm_head.weight", "tied"),
             ({}, {"transformer.ln_f.bias": None}, "ln_f.bias"), ({}, {"extra": torch.zeros(1)}, "extra")):
         config.write_text(json.dumps(settings | change))
         hub.write_safetensors(path, {name: t for name, t in (tensors | changed).items() if t is not None})
@@ -990,7 +995,7 @@ def test_gpt2s_own_rows_pass_and_get_room_for_the_control_tokens(tmp_path):
         assert torch.equal(grown[:50257], net.wte.weight) and len(grown) == 50304, tokens
         close(grown[50257:], net.wte.weight.mean(0).expand(47, -1))
     (tmp_path / "vocab.json").write_text(json.dumps({"Ġque": 262}))
-    refuses(lambda: m.load_model(tmp_path), "vocab.json", "not GPT-2's tokens")
+    refuses(lambda: m.load_model(tmp_path), "vocab.json", "not GPT-2's tokens", "tokenizer.json")
 
 
 # --- model.py: the network, generation, the chat ------------------------------------------------------------
@@ -1249,7 +1254,7 @@ def test_the_chat_forgets_whole_exchanges_oldest_first_and_survives_odd_bytes_an
         m.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
     [[ids]] = scores.call_args.args[0]
     assert ids == TINY.render(dialogue[-len(ids) // 8 * 2:])[0][-len(ids):]
-    assert ids[0] == TINY.user and 24 < len(ids) <= 40
+    assert ids[0] == TINY.first and 24 < len(ids) <= 40
     question = [user("x " * 99)]
     assert m.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
     said = mock.Mock(return_value="")
@@ -1280,7 +1285,8 @@ Q, A, B = [user("Why?")], "Because.", "No idea."
 TALK, WRONG = [*Q, assistant(A)], [*Q, assistant(B)]
 PAIR = {"prompt": Q, "chosen": A, "rejected": B}
 PAIRS, TALKS = become(TALK, PAIR), become(TALK)
-BRIEF = become([user("Be brief.\n\nWhy?"), assistant(A)])
+SYSTEM = {"role": "system", "content": "Be brief."}
+BRIEF = become([SYSTEM, user("Why?"), assistant(A)])
 FORMATS = {  # one record of each format -> what it must become
     "hh": ({"chosen": f"\n\nHuman: Why?\n\nAssistant: {A}", "rejected": f"\n\nHuman: Why?\n\nAssistant: {B}"},
            PAIRS),
@@ -1301,7 +1307,7 @@ FORMATS = {  # one record of each format -> what it must become
     "content in parts": ({"messages": [{**x, "content": parts(x["content"])} for x in TALK]}, TALKS),
     "nulls": ({"messages": TALK, "prompt": None, "chosen": None, "rejected": None, "text": None}, TALKS),
     "system, history": ({"instruction": "Why?", "output": A, "system": "Be brief.", "history": [["a", "b"]]},
-                        become([user("Be brief.\n\na"), assistant("b"), *TALK])),
+                        become([SYSTEM, user("a"), assistant("b"), *TALK])),
     "reply in parts": ({"prompt": "Why?", "completion": parts(A)}, TALKS),
     "message in parts": ({"prompt": "Why?", "completion": [assistant(parts(A))]}, TALKS),
     "history of messages": ({"prompt": "Why?", "completion": A, "history": [user("a"), assistant("b")]},
@@ -1660,7 +1666,7 @@ def test_calibration_ceiling_win_rate_and_gold_of_known_cases():
     # gold counts replies that match in full and end
     say = lambda text, *last: [*TINY.encode(text), *last]
     good = say("aa", TINY.end)
-    bad = [say("ab", TINY.end), say("ba", TINY.end), say("aa"), say("a", TINY.user, TINY.end)]
+    bad = [say("ab", TINY.end), say("ba", TINY.end), say("aa"), say("a", TINY.first, TINY.end)]
     rows, replies = [{"check": "a+"}] * 5, [good, *bad]
     assert [evaluation.passes(rows[0], reply, TINY) for reply in replies] == [True] + [False] * 4
     assert evaluation.yardsticks(rows, replies, TINY) == {"right": None, "gold": 0.2}
@@ -2523,8 +2529,8 @@ def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
 # --- the house ----------------------------------------------------------------------------------------------
 
 def test_imports_run_one_way_and_no_stage_imports_another():
-    house = ("memory data.dry_run data.kernels data.tokenizer data.hub data.batches data.run data.prepare "
-             "data.evaluation model").split()
+    house = ("memory data.dry_run data.kernels data.bpe data.tokenizer data.layouts data.hub data.batches "
+             "data.run data.prepare data.evaluation model").split()
     ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
     for i, name in enumerate([*house, "sft", "reward", "ppo"]):
         text = (ROOT / f"{name.replace('.', '/')}.py").read_text()

@@ -57,7 +57,7 @@ def passes_check(row, text, name="check"):
 
 def passes(row, reply, tokenizer):
     """Is the reply, a list of ids, good: does it end, has it no other control token, does its text match?"""
-    whole = reply[-1] == tokenizer.end and all(t < tokenizer.user for t in reply[:-1])
+    whole = reply[-1] == tokenizer.end and all(t in tokenizer.ordinary for t in reply[:-1])
     return whole and passes_check(row, tokenizer.decode(reply))
 
 

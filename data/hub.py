@@ -1,12 +1,12 @@
-"""Weights in the Hugging Face hub's GPT-2 layout, in and out.
+"""Weights in the Hugging Face hub's layouts, in and out.
 
-    config, tensors = read(folder)       # any GPT-2 folder, in our names and orientation
+    config, tensors = read(folder)       # any GPT-2, Llama or Qwen3 folder, in our names and orientation
     write(folder, config, tensors)       # config.json, model.safetensors, the tokenizer's files
     folder = hub_folder("gpt2")          # in the hub's local cache, or downloaded there
 
-config: {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "tokenizer"}. tensors: {name: tensor};
-our names are the hub's without "transformer.", our matrices (out, in) where the hub's are (in, out). HF_HOME
-or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account; HF_HUB_OFFLINE=1 bans downloads.
+config: model.py's GPTConfig as a dict. tensors: {name: tensor}, whose names and shapes data/layouts.py
+translates. HF_HOME or HF_HUB_CACHE names the cache, HF_ENDPOINT a mirror, HF_TOKEN an account;
+HF_HUB_OFFLINE=1 bans downloads.
 """
 import contextlib
 import hashlib
@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import layouts
+from data.bpe import read_json
+from data.layouts import MODELS
 from data.tokenizer import VOCAB_SIZE, Tokenizer, tokenizer_files
-
-SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-         "gpt2-xl": (48, 25, 1600)}  # n_layer, n_head, n_embd of the hub's models
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -85,37 +85,18 @@ def read_safetensors(path):
         raise SystemExit(f"{path}: not a readable safetensors file ({error}).") from None
 
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise SystemExit(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path}: not a JSON object.")
-    return value
-
-
 # --- a folder in the hub's layout ---------------------------------------------------------------------------
 
-# matrices that the hub stores as (in, out)
-TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
-
-
 def write(folder, config, tensors):
-    """For transformers: a GPT2LMHeadModel, or GPT2ForSequenceClassification if there is a "score.weight"."""
+    """For transformers: a language model, or a ...ForSequenceClassification if there is a "score.weight"."""
     folder, scorer, tokenizer = Path(folder), "score.weight" in tensors, Tokenizer(config["tokenizer"])
-    written = {"model_type": "gpt2",
-               "architectures": ["GPT2ForSequenceClassification" if scorer else "GPT2LMHeadModel"],
-               "vocab_size": config["vocab_size"], "n_positions": config["n_positions"],
-               "n_ctx": config["n_positions"], "n_layer": config["n_layer"], "n_head": config["n_head"],
-               "n_embd": config["n_embd"],
-               "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tokenizer": tokenizer.name,
-               "bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
-    # transformers reads the score at the last token that is not padding: padding must not be <|end|>
-    written |= {"num_labels": 1, "pad_token_id": tokenizer.user} if scorer else {}
-    hub_tensors = {name if name.startswith("score.") else f"transformer.{name}":
-                   t.T if name.endswith(TRANSPOSED) else t for name, t in tensors.items()}
+    written = layouts.write_config(config, scorer)
+    written |= {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    if tokenizer.name in VOCAB_SIZE:
+        written["tokenizer"] = tokenizer.name
+    # transformers reads the score at the last token that is not padding: padding must not be the end token
+    written |= {"num_labels": 1, "pad_token_id": tokenizer.first} if scorer else {}
+    hub_tensors = layouts.write_tensors(tensors, config)
     write_file(folder / "model.safetensors", lambda path: write_safetensors(path, hub_tensors))
     files = {"config.json": written, **tokenizer_files(tokenizer.name, config["n_positions"])}
     for name, content in files.items():
@@ -123,31 +104,29 @@ def write(folder, config, tensors):
 
 
 def read(folder):
-    """-> (config, tensors) of a GPT-2 in whichever way the hub stores it: whole, sharded, pytorch_model.bin,
+    """-> (config, tensors) of a model in whichever way the hub stores it: whole, sharded, pytorch_model.bin,
     in 32 or 16 bits.
 
     A vocabulary without room for the control tokens (GPT-2's own) grows: new rows are the mean of the old.
     SystemExit with file and remedy if it is not there, damaged, or another architecture.
     """
     folder = Path(folder)
-    config, tensors = read_config(folder), {}
+    config = read_config(folder)
     # DataParallel, FSDP and torch.compile put such words into the names
     stored = {re.sub(r"\b(_orig_mod|\w*module)\.", "", name): t for name, t in read_tensors(folder).items()}
-    head = stored.get("lm_head.weight")
-    embedding = stored.get("transformer.wte.weight", stored.get("wte.weight"))
+    tensors = layouts.read_tensors(stored, config)
+    embedding = tensors.get("wte.weight")
+    head = tensors.pop("lm_head.weight", None) if config["tied"] else None
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise SystemExit(f"{folder}: lm_head.weight differs from wte.weight; only GPT-2's tied head is known "
-                         "here.")
+        raise SystemExit(f"{folder}: lm_head.weight differs from the embedding; config.json says they "
+                         "are tied.")
     if embedding is not None:
         check_vocabulary(folder, config["tokenizer"], embedding.shape[0] if embedding.ndim else 0)
-    for name, t in stored.items():
-        name = name.removeprefix("transformer.")
-        if re.search(r"\.attn\.(bias|masked_bias)$", name) or name == "lm_head.weight":
-            continue  # the causal mask as a buffer (not c_attn.bias!); the tied head
-        if name == "wte.weight" and len(t) < config["vocab_size"]:
+    for name in {"wte.weight", "lm_head.weight"} & tensors.keys():
+        t, missing = tensors[name], config["vocab_size"] - len(tensors[name])
+        if missing > 0:
             mean = t.float().mean(0, keepdim=True).to(t.dtype)
-            t = torch.cat([t, mean.expand(config["vocab_size"] - len(t), -1)])
-        tensors[name] = t.T if name.endswith(TRANSPOSED) else t
+            tensors[name] = torch.cat([t, mean.expand(missing, -1)])
     return config, tensors
 
 
@@ -160,39 +139,44 @@ def read_config(folder):
         remedy = f'Run "python {script}" first.' if script else \
             "It should hold config.json and model.safetensors."
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
-    stored = {"model_type": None, **read_json(folder / "config.json")}
-    known = {"model_type": ["gpt2"], "tokenizer": ["gpt2", "tiny"],
-             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
-             "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
-             "scale_attn_by_inverse_layer_idx": [False]}
-    for name, values in known.items():  # the first is what transformers takes where nothing is said
-        value = stored.get(name, values[0])
-        if value not in values:
-            raise SystemExit(f"{folder}/config.json: {name} is {value}; known here: "
-                             f"{', '.join(map(str, values))}.")
-    tokenizer, n_inner = stored.get("tokenizer", "gpt2"), stored.get("n_inner")
-    sizes = {name: stored.get(name) for name in ("n_positions", "n_layer", "n_head", "n_embd")}
-    if not all(isinstance(n, int) and 0 < n < 10**6 for n in sizes.values()) \
-            or sizes["n_embd"] % sizes["n_head"] or n_inner not in (None, 4 * sizes["n_embd"]):
-        raise SystemExit(f"{folder}/config.json: {sizes}, n_inner {n_inner}: not a GPT-2's sizes.")
-    check_vocabulary(folder, tokenizer, stored.get("vocab_size", VOCAB_SIZE[tokenizer]))
-    for file in folder / "vocab.json", folder / "tokenizer.json":  # GPT-2s of other languages have as many
-        if tokenizer == "gpt2" and file.is_file() and not re.search(
+    stored = read_json(folder / "config.json")
+    try:
+        config = layouts.read_config(stored)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SystemExit(f"{folder}/config.json: {error}.") from None
+    # a damaged config.json could ask for terabytes; weights have at least 2 bytes
+    n_layer, width, rows = (config[name] for name in ("n_layer", "n_embd", "vocab_size"))
+    if 2 * n_layer * layouts.block_weights(config) > sum(map(weight_bytes, files)):
+        raise SystemExit(f"{folder}: {n_layer} layers of width {width} (config.json) are more than "
+                         "model.safetensors holds.")
+    tokenizer = find_tokenizer(folder, stored)
+    check_vocabulary(folder, tokenizer, rows)
+    rows = VOCAB_SIZE[tokenizer] if tokenizer in VOCAB_SIZE else Tokenizer(tokenizer).rows(rows)
+    return config | {"vocab_size": rows, "tokenizer": tokenizer}
+
+
+def find_tokenizer(folder, stored):
+    """-> tiny, gpt2, or the folder itself, whose tokenizer.json then counts."""
+    name = stored.get("tokenizer")
+    if name not in (None, *VOCAB_SIZE):
+        raise SystemExit(f"{folder}/config.json: tokenizer is {name}; known here: tiny, gpt2, or none and a "
+                         "tokenizer.json.")
+    if name == "tiny" or stored["model_type"] != "gpt2":
+        return name or str(folder)
+    for file in folder / "tokenizer.json", folder / "vocab.json":  # GPT-2s of other languages
+        if file.is_file() and not re.search(
                 r'"(Ġ|\\u0120)the": *262\b', file.read_text(encoding="utf-8", errors="replace")):
-            raise SystemExit(f"{file}: these are not GPT-2's tokens; only tiny and gpt2 are known here.")
-    # a layer has 12 n_embd^2 weights, of at least 2 bytes; a damaged config.json could ask for terabytes
-    bytes_there = sum(map(weight_bytes, files))
-    if 2 * 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 > bytes_there:
-        raise SystemExit(f"{folder}: {sizes['n_layer']} layers of width {sizes['n_embd']} (config.json) are "
-                         "more than model.safetensors holds.")
-    return {"vocab_size": VOCAB_SIZE[tokenizer], **sizes, "tokenizer": tokenizer}
+            if file.name == "tokenizer.json":
+                return str(folder)
+            raise SystemExit(f"{file}: these are not GPT-2's tokens. Put its tokenizer.json there, too.")
+    return "gpt2"
 
 
 def check_vocabulary(folder, tokenizer, rows):
     """GPT-2's 50257 rows pass, too, and those with a few tokens more: rows are added up to ours."""
-    if rows not in range(50257 if tokenizer == "gpt2" else VOCAB_SIZE[tokenizer], VOCAB_SIZE[tokenizer] + 1):
-        raise SystemExit(f"{folder}: a vocabulary of {rows} rows is not that of the tokenizer {tokenizer}; "
-                         "only tiny and gpt2 are known here.")
+    if tokenizer in VOCAB_SIZE and rows not in range(
+            50257 if tokenizer == "gpt2" else VOCAB_SIZE[tokenizer], VOCAB_SIZE[tokenizer] + 1):
+        raise SystemExit(f"{folder}: a vocabulary of {rows} rows is not that of the tokenizer {tokenizer}.")
 
 
 def weight_files(folder):
@@ -237,9 +221,9 @@ def read_tensors(folder):
 # --- downloads ----------------------------------------------------------------------------------------------
 
 BY_HAND = """{error}
-Without the hub: put config.json and model.safetensors of https://huggingface.co/openai-community/{name}
+Without the hub: put {files} of https://huggingface.co/{repo}
 into a folder and give that folder in place of {name}. (HF_HOME names the cache, HF_ENDPOINT a mirror,
-HF_TOKEN an account.)"""
+HF_TOKEN an account. Where that page has a gate, ask for access there first.)"""
 
 
 def hub_folder(name):
@@ -249,21 +233,40 @@ def hub_folder(name):
                      or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub")
     except RuntimeError:
         raise SystemExit(f"{name}: you have no home folder to keep it in. Set HF_HOME to a folder.") from None
-    for repo in f"models--openai-community--{name}", f"models--{name}":
-        for folder in (cache / repo / "snapshots").glob("*"):
-            if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+    repo, config = MODELS[name]
+    words = ["tokenizer.json", "tokenizer_config.json"] if "model_type" in config else []  # GPT-2's: tiktoken
+    small = [*words, "config.json"]
+
+    def refuse(error):
+        files = ", ".join([*small[:-1], "config.json and model.safetensors"])
+        raise SystemExit(BY_HAND.format(error=error, name=name, repo=repo, files=files)) from None
+    for directory in f"models--{repo.replace('/', '--')}", f"models--{name}":
+        for folder in (cache / directory / "snapshots").glob("*"):
+            files = weight_files(folder)
+            if files and all(file.exists() for file in [*files, *(folder / name for name in small)]):
                 return folder
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        error = f"{name} is not in {cache}, and HF_HUB_OFFLINE is set."
-        raise SystemExit(BY_HAND.format(name=name, error=error))
+        refuse(f"{name} is not in {cache}, and HF_HUB_OFFLINE is set.")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder = cache / f"models--openai-community--{name}" / "snapshots" / "main"
-    for file in ("model.safetensors", "config.json"):  # the small one last: with it the folder is whole
+    folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / "main"
+
+    def get(file):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            download(f"{endpoint}/openai-community/{name}/resolve/main/{file}", folder / file)
+            download(f"{endpoint}/{repo}/resolve/main/{file}", folder / file)
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise SystemExit(BY_HAND.format(name=name, error=f"{folder / file}: {error}")) from None
+            refuse(f"{folder / file}: {error}")
+    try:
+        get("model.safetensors")
+    except FileNotFoundError:  # in shards, then
+        get("model.safetensors.index.json")
+    for file in weight_files(folder):
+        if not file.exists():
+            get(file.name)
+    for file in small:  # config.json last: with it the folder is whole
+        get(file)
     return folder
 
 

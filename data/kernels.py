@@ -28,12 +28,12 @@ def prepacked(model, rows):
     able = (model.device.type == "cpu" and not model.streamed_blocks and torch.backends.mkldnn.is_available()
             and torch.backends.cpu.get_cpu_capability().startswith("AVX")
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (model.wpe.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+            and (model.ln_f.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     try:
         if able:
             weights = {id(x.weight): x.weight for x in model.modules() if isinstance(x, torch.nn.Linear)}
-            (_, output_matrix), = vocab_chunks(model.wte.weight, len(model.wte.weight), model.device)
-            for key, weight in (weights | {id(model.wte.weight): output_matrix}).items():
+            (_, output_matrix), = vocab_chunks(model.output_matrix, model.cfg.vocab_size, model.device)
+            for key, weight in (weights | {id(model.output_matrix): output_matrix}).items():
                 PACKED[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         yield
     finally:

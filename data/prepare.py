@@ -68,7 +68,8 @@ def as_text(value, name):
 
 
 def as_messages(turns):
-    """OpenAI's or ShareGPT's turns -> our messages. A system message goes before the next user's."""
+    """OpenAI's or ShareGPT's turns -> our messages. A dialogue may begin with a system message; the text of a
+    later one goes before the next user's."""
     out, system = [], ""
     for turn in turns:
         if not isinstance(turn, dict):
@@ -78,7 +79,10 @@ def as_messages(turns):
             raise Unusable("a turn without role or text")
         content = as_text(content, "a turn's content")
         role = ROLES.get(role.lower(), role.lower())
-        if role == "system":
+        if role == "system" and not out[1:] and all(message["role"] == "system" for message in out):
+            before = f"{out[0]['content']}\n\n" if out else ""
+            out = [{"role": "system", "content": before + content}]
+        elif role == "system":
             system += content + "\n\n"
         elif role in ("user", "assistant"):
             out.append({"role": role, "content": (system if role == "user" else "") + content})
@@ -91,8 +95,9 @@ def as_messages(turns):
 
 
 def check_turns(messages, last):
-    """user and assistant take turns, the user begins, `last` ends, and nobody is silent."""
+    """user and assistant take turns, perhaps after a system message, `last` ends, and no reply is empty."""
     roles = [message["role"] for message in messages]
+    roles = roles[roles[:1] == ["system"]:]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
         raise Unusable("turns do not alternate from user to assistant")
     if roles[-1] != last:

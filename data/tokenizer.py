@@ -1,18 +1,22 @@
-"""Rows -> token ids with a loss mask: encodings, the chat format, the files that transformers reads.
+"""Rows -> token ids with a loss mask: encodings, chat formats, the files that transformers reads.
 
     "Hi" / "Hello."   ->   <|user|> Hi <|assistant|> Hello. <|end|>          learned: Hello. <|end|>
 """
 import base64
 import functools
+import math
 import re
+import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
-CONTROL = ("<|user|>", "<|assistant|>", "<|end|>")
+from data import bpe
+
 TINY_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tiktoken fails at a million blanks in a row. No token reaches from a letter across a blank: cut there
-PIECES = re.compile(r".{1,500000}(?:\Z|(?<=\S)(?=[ \n]))|.{1,500000}", re.DOTALL)
+PIECES = re.compile(r".{1,500000}(?:\Z|(?<=[a-zA-Z])(?=[ \n]))|.{1,500000}", re.DOTALL)
 VOCAB_SIZE = {"tiny": 1024, "gpt2": 50304}  # padded to a multiple of 64, for fast matrix products
 NO_NETWORK = """the GPT-2 encoding could not be fetched ({error}).
 Without a network, place the two files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ in
@@ -22,59 +26,143 @@ a folder as tiktoken names them, and set TIKTOKEN_CACHE_DIR to that folder:
 Or use --tokenizer=tiny, which is bundled."""
 
 
+# --- chat formats -------------------------------------------------------------------------------------------
+
+class Chat(NamedTuple):
+    """How a dialogue is written: `begin`, then turns with `between` between them; of each the header, the
+    words and, for some roles, the end."""
+    begin: str
+    header: str
+    end: str
+    between: str
+    roles: tuple = ("system", "user", "assistant")  # who has turns
+    ended: tuple = ("system", "user", "assistant")  # whose turns have an end
+
+    def control_tokens(self):
+        headers = [self.header.format(role=role) for role in self.roles]
+        return re.findall(r"<\|\w+\|>", "".join([self.begin, *headers, self.end]))
+
+
+OURS = Chat("", "<|{role}|>", "<|end|>", "", ("user", "assistant"), ("assistant",))
+CHATML = Chat("", "<|im_start|>{role}\n", "<|im_end|>", "\n")  # SmolLM2, Qwen3
+LLAMA3 = Chat("<|begin_of_text|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
+
+
+def default_system_text(folder):
+    """What the folder's chat template tells an instruct model where a dialogue has no system turn, or ""."""
+    template = ""
+    for path in folder / "tokenizer_config.json", folder / "chat_template.jinja":
+        if path.is_file():
+            template += (str(bpe.read_json(path).get("chat_template", "")) if path.suffix == ".json" else
+                         path.read_text(encoding="utf-8", errors="replace"))
+    found = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:\\'|[^{}'\"])+?)<\|im_end\|>", template)
+    return found[1].replace("\\n", "\n").replace("\\'", "'") if found else ""
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------
+
+@functools.cache
+def read_words(name):
+    """tiny, gpt2, or a folder with a tokenizer.json -> (bpe.Words, default system text)."""
+    if name == "tiny":
+        lines = (Path(__file__).parent / "tiny/tiny.tiktoken").read_text().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+        return bpe.Words(ranks, TINY_PATTERN, {}), ""
+    if name == "gpt2":
+        try:
+            base = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # requests, urllib3 and tiktoken have exceptions of their own for this
+            raise SystemExit(NO_NETWORK.format(error=type(error).__name__)) from None
+        return bpe.Words(base._mergeable_ranks, base._pat_str, base._special_tokens), ""
+    return bpe.read(Path(name) / "tokenizer.json"), default_system_text(Path(name))
+
+
 class Tokenizer:
-    """tiktoken's encoding `name`, tiny or gpt2, plus three control tokens, which text can never produce."""
+    """The encoding `name`: tiny, gpt2, or a folder's tokenizer.json; and the chat format whose control tokens
+    it has: ChatML's, Llama 3's, or ours, which are added where none are. Text never makes a control token."""
     def __init__(self, name):
-        if name == "tiny":
-            lines = (Path(__file__).parent / "tiny/tiny.tiktoken").read_text().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-            pattern, special = TINY_PATTERN, {}
-        elif name == "gpt2":
-            try:
-                base = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # requests, urllib3 and tiktoken have exceptions of their own for this
-                raise SystemExit(NO_NETWORK.format(error=type(error).__name__)) from None
-            ranks, pattern, special = base._mergeable_ranks, base._pat_str, base._special_tokens
-        else:
-            raise SystemExit(f"--tokenizer={name}: unknown. Choose tiny or gpt2.")
-        n = len(ranks) + len(special)
-        self.name, self.vocab_size, self.ordinary = name, VOCAB_SIZE[name], len(ranks)
-        self.user, self.assistant, self.end = n, n + 1, n + 2
-        special = special | dict(zip(CONTROL, range(n, n + 3)))
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
+        self.name, (words, self.system) = str(name), read_words(str(name))
+        n = 1 + max([*words.ranks.values(), *words.control.values(), *words.atomic.values()])
+        has = lambda chat: words.control.keys() >= {*chat.control_tokens()}
+        self.chat = next(filter(has, (CHATML, LLAMA3, OURS)), OURS)
+        if not has(self.chat):
+            ours = dict(zip(OURS.control_tokens(), range(n, n + 3)))
+            n, words = n + 3, words._replace(control=words.control | ours)
+        self.words, self.n, self.vocab_size = words, n, math.ceil(n / 64) * 64
+        # Some tokenizers lack a few bytes. Such characters are left out, as transformers does: they get ids
+        # beyond the vocabulary, which encode() drops.
+        absent = [bytes([b]) for b in range(256) if bytes([b]) not in words.ranks]
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=words.pattern, special_tokens=words.control | words.atomic,
+            mergeable_ranks=words.ranks | {byte: n + i for i, byte in enumerate(absent)})
+        self.ordinary = {*words.ranks.values(), *words.atomic.values()}  # ids that text can have
+        self.end = words.control[self.chat.end]
+        self.first = self.header("user", first=True)[0]  # with which every dialogue begins
+
+    def rows(self, stored):
+        """How many rows the vocabulary has of which so many are stored."""
+        return stored if self.n <= stored else self.vocab_size
 
     def encode(self, text):
         # the spelling of a control token is ordinary text
-        return [i for piece in PIECES.findall(text) for i in self.encoding.encode_ordinary(piece)]
+        if self.words.normalizer:
+            text = unicodedata.normalize(self.words.normalizer, text)
+        ids = [i for piece in PIECES.findall(text) for i in self.encoding.encode(
+            piece, allowed_special={*self.words.atomic}, disallowed_special=())]
+        return [i for i in ids if i in self.ordinary]
 
     def bytes(self, ids):
-        """The bytes of ordinary tokens; control tokens, GPT-2's <|endoftext|> and the padding have none."""
-        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if i < self.ordinary)
+        """The bytes of ordinary tokens; control tokens and the vocabulary's padding have none."""
+        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if i in self.ordinary)
 
     def decode(self, ids):
         return self.bytes(ids).decode("utf-8", errors="replace")
 
+    def header(self, role, first):
+        """The ids before a turn's words."""
+        before = self.chat.begin if first else self.chat.between
+        return self.encoding.encode(before + self.chat.header.format(role=role), allowed_special="all")
+
+    def reply(self, text):
+        """The ids that a model has to say."""
+        return self.encode(text.strip()) + [self.end]
+
+    def turns(self, messages):
+        """Messages as the chat format has them: the default system text is put in, and where the system has
+        no turn, its text goes before the user's."""
+        has_system = messages and messages[0]["role"] == "system"
+        if "system" in self.chat.roles:
+            default = [{"role": "system", "content": self.system}]
+            return messages if has_system or not self.system else default + messages
+        if has_system and len(messages) > 1:
+            content = f"{messages[0]['content'].strip()}\n\n{messages[1]['content']}"
+            return [messages[1] | {"content": content}, *messages[2:]]
+        return messages
+
     def render(self, messages):
         """[{"role", "content"}, ...] -> (ids, loss_mask), two lists of one length. The mask is true for what
-        the assistant says, <|end|> included."""
+        the assistant says, its end token included."""
         ids, loss_mask = [], []
-        for message in messages:
-            content = self.encode(message["content"])
-            if message["role"] == "user":
-                ids += [self.user, *content]
-                loss_mask += [False] * (1 + len(content))
-            elif message["role"] == "assistant":
-                ids += [self.assistant, *content, self.end]
-                loss_mask += [False] + [True] * (len(content) + 1)
-            else:
-                raise SystemExit(f"role {message['role']!r}: only user and assistant can speak. Put a system "
-                                 "message before the next user's.")
+        for message in self.turns(messages):
+            role = message["role"]
+            if role not in self.chat.roles:
+                raise SystemExit(f"role {role!r}: only user and assistant can speak, and one system message "
+                                 "before them.")
+            header = self.header(role, first=not ids)
+            said = self.reply(message["content"])[:None if role in self.chat.ended else -1]
+            ids += header + said
+            loss_mask += [False] * len(header) + [role == "assistant"] * len(said)
         return ids, loss_mask
 
     def prompt(self, messages, max_prompt_tokens):
-        """Ids that end in <|assistant|>, where the reply begins; a longer prompt loses its beginning."""
-        return (self.render(messages)[0] + [self.assistant])[-max_prompt_tokens:]
+        """Ids that end in the assistant's header, where the reply begins; a longer prompt loses its
+        beginning."""
+        return (self.render(messages)[0] + self.header("assistant", first=False))[-max_prompt_tokens:]
+
+
+def same_tokens(a, b):
+    """Do two names, of which each may be a folder, mean the same tokens?"""
+    return a == b or not {a, b} & VOCAB_SIZE.keys() and read_words(a) == read_words(b)
 
 
 def encode_demonstration(row, tokenizer, block_size):
@@ -86,7 +174,8 @@ def encode_demonstration(row, tokenizer, block_size):
     """
     if "text" in row:
         edge = {side: [tokenizer.end] * row.get(side, True) for side in ("begins", "ends")}
-        ids = edge["begins"] + tokenizer.encode(row["text"]) + edge["ends"]  # <|end|> also begins a text
+        # the end token also begins a text
+        ids = edge["begins"] + tokenizer.encode(row["text"]) + edge["ends"]
         idx, targets = ids[:-1], ids[1:]
         return [(idx[i:i + block_size], targets[i:i + block_size]) for i in range(0, len(idx), block_size)]
     ids, loss_mask = tokenizer.render(row["messages"])
@@ -99,53 +188,43 @@ def count_targets(examples):
     return sum(t >= 0 for _, targets in examples for t in targets)
 
 
-# --- the same encoding as files for transformers ------------------------------------------------------------
+# --- the same for transformers ------------------------------------------------------------------------------
 
-# as data/prepare.py: a system message goes before the next user's
-CHAT_TEMPLATE = (
+OUR_TEMPLATE = (
     "{% set before = namespace(text='') %}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{% set before.text = before.text + m['content'] + '\\n\\n' %}"
-    "{% elif m['role'] == 'user' %}<|user|>{{ before.text + m['content'] }}{% set before.text = '' %}"
-    "{% elif m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
-    "{% else %}{{ raise_exception('only system, user and assistant can speak, not ' ~ m['role']) }}"
-    "{% endif %}{% endfor %}"
-    "{% if before.text %}{{ raise_exception('no user speaks after the system message') }}{% endif %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    "{% if loop.first and not loop.last and m['role'] == 'system' %}"
+    "{% set before.text = m['content'] | trim + '\\n\\n' %}"
+    "{% elif m['role'] == 'user' %}<|user|>{{ (before.text + m['content']) | trim }}"
+    "{% set before.text = '' %}"
+    "{% elif m['role'] == 'assistant' %}<|assistant|>{{ m['content'] | trim }}<|end|>"
+    "{% else %}{{ raise_exception('only user and assistant can speak, and one system message before them') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (  # words in capitals are replaced
+    "{{ BEGIN }}{% if messages[0]['role'] != 'system' %}{{ SYSTEM }}{% endif %}"
+    "{% for m in messages %}{{ HEADER + m['content'] | trim + END }}"
+    "{% if not loop.last or add_generation_prompt %}{{ BETWEEN }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ASSISTANT }}{% endif %}")
+
+
+def chat_template(chat, system):
+    """-> the Jinja template with which transformers' apply_chat_template() gives the ids of render()."""
+    if chat == OURS:
+        return OUR_TEMPLATE
+    default = chat.header.format(role="system") + system + chat.end + chat.between if system else ""
+    texts = {"BEGIN": chat.begin, "SYSTEM": default, "HEADER": chat.header, "END": chat.end,
+             "BETWEEN": chat.between, "ASSISTANT": chat.header.format(role="assistant")}
+    template = TEMPLATE
+    for name, text in texts.items():
+        text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        template = template.replace(name, f"'{text}'".replace("{role}", "' + m['role'] + '"))
+    return template
 
 
 @functools.cache
 def tokenizer_files(name, n_positions):
-    """-> {file name: JSON}. transformers' apply_chat_template() then gives the ids of Tokenizer.render()."""
-    encoding = Tokenizer(name).encoding
-    # GPT-2 writes bytes as printable characters: these as themselves, the other 68 as characters 256 to 323
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letters = dict(zip(printable + others, map(chr, [*printable, *range(256, 324)])))
-    spell = lambda token: "".join(letters[b] for b in token)
-    ranks = encoding._mergeable_ranks
-    merges = []
-    # tiktoken keeps tokens, transformers the two parts that were merged into each. To find them, encode the
-    # token's bytes, merging the pair of the lowest rank first, until two parts are left.
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append([spell(part) for part in parts])
-    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated",
-             "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    exact = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": text, **exact}
-             for text, i in sorted(encoding._special_tokens.items(), key=lambda item: item[1])]
-    return {"tokenizer.json": {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
-        "decoder": level, "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
-            "vocab": {spell(token): rank for token, rank in ranks.items()}, "merges": merges}},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|user|>",
-            "model_max_length": n_positions, "chat_template": CHAT_TEMPLATE}}
+    """-> {file name: JSON}, with which transformers makes the same ids."""
+    tokenizer = Tokenizer(name)
+    first = next(token for token, i in tokenizer.words.control.items() if i == tokenizer.first)
+    return {"tokenizer.json": bpe.to_json(tokenizer.words), "tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.chat.end, "pad_token": first,
+        "model_max_length": n_positions, "chat_template": chat_template(tokenizer.chat, tokenizer.system)}}

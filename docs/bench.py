@@ -357,7 +357,7 @@ def policies(sft, reward, *folders):
     """PPO's last evaluation, for policies of any origin: one JSON line each."""
     models, sets, tokenizer, cfg = held_out(sft, reward)
     for folder in folders:
-        actor = load_model(folder, GPT, models.actor.device, models.actor.wpe.weight.dtype)
+        actor = load_model(folder, GPT, models.actor.device, models.actor.ln_f.weight.dtype)
         with redirect_stdout(io.StringIO()):
             result, *_ = ppo.evaluate(models._replace(actor=actor), sets, tokenizer, cfg)
         shown = "right_after", "gold_after", "win_rate", "win_rate_low", "win_rate_high", "kl", "score"

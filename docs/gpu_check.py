@@ -246,7 +246,7 @@ def in_transformers(net):
         return None
     with tempfile.TemporaryDirectory() as folder:
         hub.write(folder, *m.exported(net))
-        return GPT2LMHeadModel.from_pretrained(folder).to(net.device, net.wpe.weight.dtype)
+        return GPT2LMHeadModel.from_pretrained(folder).to(net.device, net.ln_f.weight.dtype)
 
 
 # --- the parts ----------------------------------------------------------------------------------------------
