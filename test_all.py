@@ -8,12 +8,14 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import html.parser
 import http.server
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -46,6 +48,7 @@ import ppo
 import reward
 import sft
 from data import batches, dry_run, evaluation, hub, kernels, prepare, tokenizer
+from data import bpe as data_bpe
 from data import run as data_run
 from data.batches import pad, rng
 from data.tiny import make
@@ -61,9 +64,26 @@ ASSISTANT, = TINY.header("assistant", first=False)
 
 # --- small things to test with ------------------------------------------------------------------------------
 
+FAMILY = {}  # what the networks of tiny() are besides
+LLAMA = {"model_type": "llama", "n_kv_head": 2, "head_dim": 12, "n_inner": 40, "tied": False,
+         "rope_scaling": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 16}}
+QWEN3 = {"model_type": "qwen3", "n_kv_head": 1, "head_dim": 10, "n_inner": 40, "norm_eps": 1e-6,
+         "rope_theta": 1e6}
+
+def in_every_family(test):
+    """Run a test with GPT-2s, with Llamas and with Qwen3s."""
+    @functools.wraps(test)
+    def thrice(*args, **kwargs):
+        for family in ({}, LLAMA, QWEN3):
+            with mock.patch.dict(FAMILY, family):
+                test(*args, **kwargs)
+    return thrice
+
 def tiny(cls=GPT, n_layer=2, n_embd=32, seed=0, spread=0.2, n_positions=64, **changes):
     """A small float32 model; spread is wider than at a real start, so that mistakes show."""
-    cfg = GPTConfig(TINY.vocab_size, n_positions, n_layer, 4, n_embd, "tiny", **changes)
+    cfg = dataclasses.replace(GPTConfig(TINY.vocab_size, n_positions, n_layer, 4, n_embd, "tiny"),
+                              **{"head_dim": n_embd // 4} | FAMILY | changes)
     net = cls(cfg).initialize(rng(seed))
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -276,6 +296,7 @@ def test_bug_11_exact_gelu_on_weights_trained_with_tanh():  # karpathy/nanoGPT#2
     close(mlp(x), mlp.c_proj(by_hand))
     assert apart(mlp(x), mlp.c_proj(F.gelu(h))) > 1e-5  # the mistake
 
+@in_every_family
 def test_bug_12_the_cache_changes_the_output_or_is_silently_lost():
     # karpathy/nanoGPT#613; Colossal-AI 02-15 to 04-26 2023
     net, prompts = tiny(), [[5, 6, 7], [8, 9, 10, 11, 12]]
@@ -478,10 +499,11 @@ def test_bug_26_dpo_whose_reference_has_dropout_or_learns():
 
 # --- memory.py: checkpoint, optimizer, streaming, LoRA, chunked log-probabilities, dry run ------------------
 
+@in_every_family
 def test_checkpointed_gradients_equal_plain_ones_also_nested_bound_and_with_frozen_inputs():
     nets = tiny(checkpoint=False), tiny(checkpoint=True)
     for net in nets:
-        net(random_ids(3, 10)).square().sum().backward()
+        net.logits(net(random_ids(3, 10))).square().sum().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(net.parameters() for net in nets)))
     w = nn.Parameter(torch.randn(4, 4, generator=rng(0)))
     x = torch.randn(2, 4, generator=rng(1))  # needs no gradient, w does
@@ -514,17 +536,20 @@ def test_offloaded_adamw_follows_torch_adamw():
         assert torch.equal(adam.masters[0], plain.weight)
         assert torch.equal(ours.weight, adam.masters[0].to(dtype))
 
+@in_every_family
 def test_gradients_by_the_row_and_by_the_piece_equal_gradients_of_the_whole():
     idx, targets, plain, net = random_ids(2, 9), random_ids(2, 9, seed=1), tiny(), tiny()
     targets[0, :4] = -1
     adam = OffloadedAdamW(net.parameters(), 1e-3)
     for x in (plain, net):
-        logprobs, _ = token_logprobs(x(idx), x.wte.weight, targets, chunk=100)
+        logprobs, _ = token_logprobs(x(idx), x.output_matrix, targets, chunk=100)
         (logprobs.sum() / 7).backward()
-    close(plain.wte.weight.grad, adam.masters[0].grad)
+    for p, master in zip(plain.parameters(), adam.masters):
+        close(p.grad, master.grad)
     assert plain.wte.weight.grad.abs().max() > 0.1
     assert torch.equal(memory.lookup(net.wte.weight, idx), F.embedding(idx, net.wte.weight))
 
+@in_every_family
 def test_streaming_changes_no_number():
     examples = [(random_ids(9, seed=i).tolist(), random_ids(9, seed=i + 1).tolist()) for i in range(4)]
     for rank in (0, 2):
@@ -540,6 +565,7 @@ def test_streaming_changes_no_number():
             results.append([*net.state_dict().values(), net(random_ids(2, 8)), said])
         assert all(map(torch.equal, *results)), rank
 
+@in_every_family
 def test_lora_changes_nothing_at_first_and_merges_into_the_same_function(tmp_path):
     net, idx = tiny(Scorer), random_ids(2, 9)
     before = values_of(net, idx)
@@ -818,6 +844,149 @@ def test_results_come_back_in_the_order_of_the_rows():
     assert seen[:4] == [[[1], [0]], [[2, 2], [3, 3, 3]], [[4, 4, 4, 4]], [[4, 4, 4, 4], [3, 3, 3]]]
 
 
+# --- words and chat formats of a folder ---------------------------------------------------------------------
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+WAYS = {  # pre_tokenizer -> how the library tokenizers splits, as patterns one after the other
+    "gpt2": (LEVEL, [data_bpe.GPT2_PATTERN]),
+    "smollm2": ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]},
+                [r"\p{N}|[^\p{N}]+", data_bpe.GPT2_PATTERN]),
+    "llama3": ({"type": "Sequence", "pretokenizers": [SPLIT, LEVEL | {"use_regex": False}]}, [LLAMA3_SPLIT])}
+CHATML, LLAMA3 = tokenizer.CHATML.control_tokens(), tokenizer.LLAMA3.control_tokens()
+
+def stored_words(control, way="smollm2", absent=(), **changes):
+    """-> tokenizer.json as an object: the tiny encoding, but control tokens have the first ids, some bytes
+    are absent, and <think> is a word of its own."""
+    model = tokenizer.tokenizer_files("tiny", 64)["tokenizer.json"]["model"]
+    absent = {data_bpe.letters()[b] for b in absent}
+    control = list(dict.fromkeys(control))
+    kept = [text for text in model["vocab"] if text not in TINY.words.control and text not in absent]
+    added = [{"id": i, "content": text, "special": True} for i, text in enumerate(control)]
+    added.append({"id": len(control) + len(kept), "content": "<think>", "special": False})
+    return {"added_tokens": added, "normalizer": None, "pre_tokenizer": WAYS[way][0], "model": model | {
+        "vocab": {text: i for i, text in enumerate([*control, *kept])},
+        "merges": [" ".join(pair) for pair in model["merges"]], **changes}}
+
+def words_folder(folder, stored, template=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer.read_words.cache_clear()
+    return str(folder)
+
+def ids_by_merges(text, stored, patterns):
+    """What the library tokenizers does, step by step."""
+    import regex  # tiktoken depends on it
+    vocab, words, ids = stored["model"]["vocab"], [text], []
+    ranks = {tuple(pair.split()): i for i, pair in enumerate(stored["model"]["merges"])}
+    for pattern in patterns:
+        words = [piece for word in words for piece in regex.findall(pattern, word)]
+    for word in words:
+        parts = [letter for letter in (data_bpe.letters()[b] for b in word.encode()) if letter in vocab]
+        while pairs := [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]:
+            _, i = min(pairs)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        ids += [vocab[part] for part in parts]
+    return ids
+
+TEXTS = ("Hello there!", "caf\u00e9 \U0001f600 4200", "<|end|><|user|>", " \n\t", "", "What is 2 plus 3?",
+         " Hello, World!! It's  fine.", "na\u00efve \u6f22\u5b57 \n\n x", "a 1  23 b\n 4",
+         "IT'S\r\n\n(ok).\n\nx\t y ")
+
+def test_a_folders_words_have_the_ids_that_its_merges_give(tmp_path):
+    draw = random.Random(0)
+    texts = [*TEXTS, *("".join(draw.choices(" \n'ab\u00e9\u00bd7.,\u6f22T", k=40)) for _ in range(200))]
+    for way, (_, patterns) in WAYS.items():
+        stored = stored_words(CHATML, way, absent=[1, 255])
+        ours = Tokenizer(words_folder(tmp_path / way, stored))
+        for text in texts:
+            assert ours.encode(text) == ids_by_merges(text, stored, patterns), (way, text)
+            assert ours.decode(ours.encode(text)) == text
+        assert ours.encode("a\x01b") == ours.encode("a") + ours.encode("b")  # a byte without a token
+        think, control = stored["added_tokens"][-1]["id"], {*range(len({*CHATML}))}
+        assert ours.encode("so <think>") == [*ours.encode("so "), think] and ours.decode([think]) == "<think>"
+        assert control.isdisjoint(ours.encode("".join(CHATML))) and ours.decode([*control]) == ""
+        written = tokenizer.tokenizer_files(ours.name, 64)["tokenizer.json"]
+        again = Tokenizer(words_folder(tmp_path / "again", written))
+        assert again.words == ours.words and tokenizer.same_tokens(ours.name, again.name), way
+    composed = Tokenizer(words_folder(tmp_path, stored_words(CHATML) | {"normalizer": {"type": "NFC"}}))
+    assert composed.encode("cafe\u0301") == composed.encode("caf\u00e9") != ours.encode("cafe\u0301")
+    for other in (composed.name, "tiny"):
+        assert not tokenizer.same_tokens(ours.name, other), other
+
+def test_words_that_tiktoken_cannot_make_exactly_are_refused_by_name(tmp_path):
+    good = stored_words(CHATML)
+    model, [*added, think] = good["model"], good["added_tokens"]
+    swapped = dict(model["vocab"])
+    swapped["in"], swapped["er"] = swapped["er"], swapped["in"]
+    digits = lambda **changes: {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True} | changes, LEVEL]}}
+    for changes, *words in (
+            ({"model": model | {"type": "Unigram"}}, "not byte-level BPE"),
+            ({"model": model | {"byte_fallback": True}}, "not byte-level BPE"),
+            ({"model": model | {"dropout": 0.1}}, "dropout is 0.1"),
+            ({"model": model | {"unk_token": "<unk>"}}, "unk_token is '<unk>'"),
+            ({"model": model | {"vocab": swapped}}, "merges", "order of its ids"),
+            ({"model": model | {"merges": model["merges"][:-1]}}, "merges", "order of its ids"),
+            ({"model": model | {"vocab": model["vocab"] | {"\u2581the": 2000}}}, "\u2581", "no byte"),
+            ({"normalizer": {"type": "Lowercase"}}, "the normalizer is", "Lowercase"),
+            ({"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "the pre_tokenizer is", "prefix_space"),
+            ({"pre_tokenizer": {"type": "Metaspace"}}, "the pre_tokenizer is", "Metaspace"),
+            (digits(individual_digits=False), "the pre_tokenizer is", "Digits"),
+            ({"pre_tokenizer": None}, "the pre_tokenizer is None"),
+            ({"added_tokens": [*added, think | {"lstrip": True}]}, "<think>", "lstrip"),
+            ({"model": []}, "not a tokenizer")):
+        folder = words_folder(tmp_path, good | changes)
+        refuses(lambda: Tokenizer(folder), "tokenizer.json", *words)
+    refuses(lambda: Tokenizer(str(tmp_path / "empty")), "empty/tokenizer.json", "SentencePiece")
+
+def test_a_dialogue_is_written_as_the_model_knows_it_and_the_template_says_the_same(tmp_path):
+    import jinja2  # torch depends on it
+    smol = "{% if x %}{{ '<|im_start|>system\nYou\\'re kind.<|im_end|>\n' }}{% endif %}"
+    qwen = "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"
+    system = {"role": "system", "content": " Be brief. "}
+    talk = [user(" Hi\n"), assistant("Hello <|im_end|>"), user("x"), assistant(" Yes.\n")]
+    kind, brief = map("<|im_start|>system\n{}<|im_end|>\n".format, ("You're kind.", "Be brief."))
+    chatml = ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello <|im_end|><|im_end|>\n"
+              "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>")
+    turn = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+    llama3 = "".join(map(turn, ("user", "assistant") * 2, ("Hi", "Hello <|im_end|>", "x", "Yes.")))
+    ours = "<|user|>{}Hi<|assistant|>Hello <|im_end|><|end|><|user|>x<|assistant|>Yes.<|end|>".format
+    for control, template, alone, told in (
+            (CHATML, smol, kind + chatml, brief + chatml), (CHATML, qwen, chatml, brief + chatml),
+            (LLAMA3, "", LLAMA3[0] + llama3, LLAMA3[0] + turn("system", "Be brief.") + llama3),
+            ([], "", ours(""), ours("Be brief.\n\n"))):
+        k = Tokenizer(words_folder(tmp_path, stored_words(control), template))
+        exported = tokenizer.tokenizer_files.__wrapped__(k.name, 64)["tokenizer_config.json"]["chat_template"]
+        shown = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(exported).render
+        for messages, want in ((talk, alone), ([system, *talk], told)):
+            ids, mask = k.render(messages)
+            assert k.encoding.decode(ids) == shown(messages=messages) == want, want
+            said = [k.encoding.decode([i for i, _ in part]) for learned, part in
+                    itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if learned]
+            assert said == [f"Hello <|im_end|>{k.chat.end}", f"Yes.{k.chat.end}"]
+            prompt, asked = k.prompt(messages[:-1], 999), messages[:-1]
+            assert k.encoding.decode(prompt) == shown(messages=asked, add_generation_prompt=True)
+            assert ids == prompt + k.reply("Yes.") and ids[0] == k.first != k.end
+        k2 = Tokenizer(words_folder(tmp_path / "again", stored_words(control), exported))
+        assert (k2.system, k2.chat) == (k.system, k.chat)
+        good = k.reply("Yes.")
+        assert evaluation.passes({"check": "Yes\\."}, good, k)
+        assert not any(evaluation.passes({"check": ".*"}, [*k.encode("Yes"), i, k.end], k)
+                       for i in (k.first, k.end, k.vocab_size))
+    assert (k.rows(1000), k.rows(1100)) == (1088, 1100)  # without and with room for our three tokens
+
+def test_dialogues_that_lost_their_beginning_are_counted_whatever_the_header(tmp_path):
+    k = Tokenizer(words_folder(tmp_path / "words", stored_words(CHATML)))
+    n = len(k.prompt([user("What colour is the rose number 0?")], 999))
+    for block_size, cut in ((n + 40, "; 0 longer"), (n - 9, "; 60 longer")):
+        _, text = quiet(sft.load_examples, small(sft, tmp_path, block_size=block_size), k)
+        assert cut in text, text
+
+
 # --- weights in ---------------------------------------------------------------------------------------------
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -829,8 +998,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(wrong, int):
             return self.send_error(wrong)
         name = Path(self.path).name
+        if not (self.server.files / name).exists():
+            return self.send_error(404)
         data = b"" if wrong == "empty" else (self.server.files / name).read_bytes()
-        if self.path.startswith("/openai") and wrong not in ("no length", "empty"):
+        if not self.path.startswith("/store") and wrong not in ("no length", "empty"):
             # as the hub: a redirect that knows size and hash
             digest = "0" * 64 if wrong == "hash" else hashlib.sha256(data).hexdigest()
             self.send_response(302)
@@ -846,10 +1017,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data[start:start + 60_000] if wrong == "drop" else data[start:])
 
 @contextlib.contextmanager
-def hub_server(root, misbehave=()):
+def hub_server(root, misbehave=(), fill=lambda folder: save(folder, tiny())):
     """A server on this machine that behaves as the hub does on its worse days: `misbehave` says what to do
     wrong, request by request."""
-    save(root / "files", tiny())
+    fill(root / "files")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server, \
          mock.patch.dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="secret",
                          HF_HOME=str(root / "cache"), HF_HUB_CACHE="", HF_HUB_OFFLINE=""), \
@@ -879,10 +1050,33 @@ def test_a_name_is_downloaded_once_and_a_hub_on_its_worse_days_is_asked_again(tm
         assert tokens - {("store", None)} == {("openai-community", "Bearer secret")}, misbehave  # not sent on
         assert not list((tmp_path / str(i) / "cache").rglob("*.part")), misbehave
 
+def test_words_come_along_and_weights_in_shards_do_too(tmp_path):
+    def in_shards(folder):
+        llama_folder(folder)
+        tensors = [*hub.read_safetensors(folder / "model.safetensors").items()]
+        for name, part in (("a", tensors[:5]), ("b", tensors[5:])):
+            hub.write_safetensors(folder / f"{name}.safetensors", dict(part))
+        where = {name: f"{'a' if i < 5 else 'b'}.safetensors" for i, (name, _) in enumerate(tensors)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        (folder / "model.safetensors").unlink()
+    for i, (fill, files) in enumerate(((llama_folder, 4), (in_shards, 6))):
+        with hub_server(tmp_path / str(i), fill=fill) as server:
+            for _ in range(2):  # the second time it is found, not asked for
+                net = m.load_model("smollm2-135m-instruct")
+            asked = [path for path, _ in server.requests if not path.startswith("/store")]
+        paths = {f"/HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main/{name}" for name in (
+            "config.json", "tokenizer.json", "tokenizer_config.json")}
+        assert paths <= {*asked} and len({*asked}) == files + (i == 1), asked
+        assert Tokenizer(net.cfg.tokenizer).chat == tokenizer.CHATML
+        assert torch.equal(weights_of(net), weights_of(tiny(vocab_size=net.cfg.vocab_size, **LLAMA)))
+    with hub_server(tmp_path, [403]):
+        refuses(lambda: m.load_model("llama-3.2-1b"), "HF_TOKEN", "tokenizer.json", "ask for access",
+                "huggingface.co/meta-llama/Llama-3.2-1B")
+
 def test_wrong_sizes_hashes_and_refusals_stop_with_a_remedy_and_no_model(tmp_path):
     with hub_server(tmp_path) as server:
         for wrong, word in ((["size", None] * 5, "ended after"), (["hash", None] * 5, "announced"),
-                            ([404], "404"), ([401], "HF_TOKEN"), ([503] * 5, "503"), ([416] * 5, "416"),
+                            ([404] * 2, "404"), ([401], "HF_TOKEN"), ([503] * 5, "503"), ([416] * 5, "416"),
                             ([429] * 5, "429")):
             server.misbehave = wrong
             refuses(lambda: m.load_model("gpt2"), word, "config.json and model.safetensors")
@@ -935,6 +1129,7 @@ def test_every_variant_of_a_folder_loads(tmp_path):
         half = m.load_model(variant(model={name: t.to(dtype) for name, t in tensors.items()}))
         close(half.wpe.weight, tiny().wpe.weight, 0.02)
 
+@in_every_family
 def test_what_is_written_is_read_back_in_our_names_and_orientation(tmp_path):
     for net, labels, padding in ((tiny(), None, None), (tiny(Scorer), 1, TINY.first)):
         config, tensors = m.exported(net)
@@ -1046,6 +1241,7 @@ def all_close(results):
         for a, b in zip(results[0], other, strict=True):
             close(a, b, 3e-6 * max(1, b.abs().max().item()))
 
+@in_every_family
 def test_rows_that_branch_score_as_rows_of_their_own():
     groups = branching_cases()
     arguments = batches.branching(groups, CPU)
@@ -1068,6 +1264,7 @@ def test_rows_that_branch_score_as_rows_of_their_own():
     close(tiny(Scorer).scores(many), tiny(Scorer).scores(each_alone(many)), 1e-6)
     assert batches.branching(many, CPU)["idx"].numel() == 16 + 4 * 9 + 4  # padded to 56
 
+@in_every_family
 def test_rows_that_branch_learn_the_same_with_every_offload():
     pairs, grads = branching_cases(), []
     split = lambda groups, device: batches.branching(each_alone(groups), device)
@@ -1118,18 +1315,24 @@ def test_logits_far_from_zero_are_as_exact_in_bfloat16_as_those_near_it():
     assert all((r - 1).abs().max() < 0.2 for r in ratios) and (wrong[1] - 1).abs().max() > 0.2
 
 def test_logits_equal_those_of_transformers(tmp_path):
-    # weights from a formula, in the hub's layout; the numbers are transformers 5.23's, GPT2LMHeadModel
-    # and GPT2ForSequenceClassification (which seeks the last token that is not padding), for these ids
+    # weights from a formula, in the hub's layout; the numbers are transformers 5.24's, GPT2LMHeadModel
+    # and GPT2ForSequenceClassification (which seeks the last token that is not padding) and the like of the
+    # others, for these ids
     ids = torch.arange(12)[None] * 37 % 1000
     ids[0, -1] = TINY.end
-    for cls, golden in ((GPT, [-3.50855, 1.51101, 2.38861, -3.28141, 0.04353, 3.24915]),
-                        (Scorer, [-2.45859])):
-        path = tmp_path / cls.__name__ / "model.safetensors"
-        save(path.parent, tiny(cls, n_embd=16, n_positions=32))
+    for family, cls, golden in (({}, GPT, [-3.50855, 1.51101, 2.38861, -3.28141, 0.04353, 3.24915]),
+                                ({}, Scorer, [-2.45859]),
+                                (LLAMA, GPT, [-0.50108, -0.87075, 1.14647, 0.021, -1.16204, 0.84029]),
+                                (LLAMA, Scorer, [-0.46861]),
+                                (QWEN3, GPT, [-2.71235, -0.05605, 2.7539, -1.9851, -1.28257, 2.93572]),
+                                (QWEN3, Scorer, [2.26365])):
+        path = tmp_path / f"{family.get('model_type')}{cls.__name__}/model.safetensors"
+        save(path.parent, tiny(cls, n_embd=16, n_positions=32, **family))
         tensors = {}
         for i, (name, p) in enumerate(sorted(hub.read_safetensors(path).items())):
             wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 1.3 + i * 0.7)
-            tensors[name] = (wave + ("ln_" in name and name.endswith("weight"))).float().view(p.shape)
+            is_scale = re.search(r"(ln_.|norm)\.weight$", name) is not None
+            tensors[name] = (wave + is_scale).float().view(p.shape)
         hub.write_safetensors(path, tensors)
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # data begin at a multiple of 8 bytes
         net = m.load_model(path.parent, cls)
@@ -1171,12 +1374,13 @@ def test_generation_ends_per_row_whoever_its_neighbours_are_and_when_all_have_en
     going = [sum(len(reply) > step for reply in stopped) for step in range(12)]
     assert [n for n, _ in shapes[1:]] == [min(19, math.ceil(n / 8) * 8) for n in going[1:] if n]
     assert 8 in (n for n, _ in shapes)
-    cache = m.Cache(net.cfg, torch.arange(3), 8, net.wpe.weight)
+    cache = m.Cache(net.cfg, torch.arange(3), 8, net.ln_f.weight)
     cache.kv.copy_(torch.randn(cache.kv.shape))
     want, place = cache.kv[:, :, [0, 2]].clone(), cache.kv.data_ptr()
     cache.select(torch.tensor([0, 2]))
     assert torch.equal(cache.kv, want) and cache.kv.data_ptr() == place  # no second cache
 
+@in_every_family
 def test_matrices_packed_for_decoding_give_the_same_logits():
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         net, idx = tiny().to(dtype), random_ids(2, 5)
@@ -1189,6 +1393,7 @@ def test_matrices_packed_for_decoding_give_the_same_logits():
             close(net.logits(net(idx)), plain, tolerance)
         assert torch.equal(net.logits(net(idx)), plain) and not kernels.PACKED
 
+@in_every_family
 def test_a_bfloat16_model_decodes_what_its_full_forward_says():
     net, prompt = tiny().to(torch.bfloat16), [5, 6, 7, 8]
     reply = greedy(net, [prompt, prompt[:2]], 10)[0]
@@ -1786,6 +1991,119 @@ def test_dpo_writes_a_policy_and_resumes(tmp_path):
             mock.patch.object(reward, "check_flags") as checked:  # the reward model is not overwritten
         refuses(lambda: reward.main(reward.Config(dpo=True)), "stop")
     assert checked.call_args.args[0].out == "out/dpo"
+
+
+# --- the second family, end to end --------------------------------------------------------------------------
+
+def llama_folder(folder, control=CHATML, family=LLAMA, **changes):
+    """A checkpoint with words of its own, as the hub has them."""
+    k = Tokenizer(words_folder(folder.parent / f"{folder.name}-words", stored_words(control)))
+    save(folder, tiny(vocab_size=k.vocab_size, tokenizer=k.name, **family | changes))
+    return str(folder)
+
+def test_what_a_llama_folder_may_be_and_what_is_refused_by_name(tmp_path):
+    folder = Path(llama_folder(tmp_path / "good", n_positions=48))
+    path, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors, net = {name: t.clone() for name, t in hub.read_safetensors(path).items()}, m.load_model(folder)
+    assert settings.keys() >= {"head_dim", "rope_theta"} and "tokenizer" not in settings
+    def variant(changes, **changed):
+        kept = {key: x for key, x in (settings | changes).items() if x is not ...}  # ...: left out
+        (folder / "config.json").write_text(json.dumps(kept))
+        hub.write_safetensors(path, {name: t for name, t in (tensors | changed).items() if t is not None})
+        return m.load_model(folder)
+    rope = settings["rope_scaling"] | {"rope_theta": settings["rope_theta"]}
+    for changes in ({"rope_parameters": rope, "rope_scaling": ..., "rope_theta": ...},  # transformers 5
+                    {"rope_scaling": {"type": "llama3", **LLAMA["rope_scaling"]}},  # before 4.43
+                    {"layer_types": ["full_attention"] * 2, "use_sliding_window": False, "num_experts": 0}):
+        assert variant(changes).cfg == net.cfg
+    inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}  # of old checkpoints
+    assert torch.equal(weights_of(variant({}, **inverse)), weights_of(net))
+    defaults = variant({"rope_scaling": None, "rope_theta": ..., "rms_norm_eps": ...}).cfg
+    assert (defaults.rope_theta, defaults.norm_eps, defaults.rope_scaling) == (1e4, 1e-6, None)
+    half = variant({}, **{name: t.bfloat16() for name, t in tensors.items()})
+    close(weights_of(half), weights_of(net).bfloat16().float(), 0)
+    for changes, *words in (
+            *(({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, f"kind {kind}; known here: default")
+              for kind in ("linear", "dynamic", "yarn", "longrope")),
+            *(({"model_type": kind}, f"model_type is {kind}; known here: gpt2, llama, qwen3")
+              for kind in ("qwen2", "mistral", "gemma3_text", "qwen3_moe", None)),
+            ({"sliding_window": 4096}, "window is 4096"), ({"attention_bias": True}, "attention_bias"),
+            ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+            ({"num_local_experts": 8}, "num_local_experts is 8"), ({"hidden_act": "gelu"}, "act is gelu"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"mlp_bias": True}, "mlp_bias"),
+            ({"rope_parameters": rope | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+            ({"num_key_value_heads": 3}, "not the sizes of a llama"), ({"head_dim": "x"}, "not the sizes"),
+            ({"num_hidden_layers": 5000}, "more than model.safetensors holds"),
+            ({"rope_scaling": {"rope_type": "llama3"}}, "factor"), ({"rope_theta": "x"}, "config.json"),
+            ({"tie_word_embeddings": True}, "lm_head.weight", "tied")):
+        refuses(lambda: variant(changes), *words)
+    for changed, word in (({"model.layers.1.self_attn.k_proj.weight": None}, "h.1.attn.c_attn.weight"),
+                          ({"lm_head.weight": None}, "lm_head.weight"), ({"extra": torch.ones(1)}, "extra")):
+        refuses(lambda: variant({}, **changed), "missing, unexpected or of another shape", word)
+    variant({})
+    (folder / "tokenizer.json").unlink()
+    tokenizer.read_words.cache_clear()
+    refuses(lambda: m.load_model(folder), "tokenizer.json", "SentencePiece")
+
+def test_a_vocabulary_without_a_chat_format_gets_ours_and_rows_for_it(tmp_path):
+    k = Tokenizer(words_folder(tmp_path / "words", stored_words([])))
+    net = tiny(vocab_size=1022, tokenizer=k.name, **LLAMA)
+    save(tmp_path / "base", net)
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(stored_words([])))  # as the hub has it
+    tokenizer.read_words.cache_clear()
+    grown = m.load_model(tmp_path / "base")
+    for name in ("wte", "lm_head"):
+        new, old = (getattr(x, name).weight for x in (grown, net))
+        assert torch.equal(new[:1022], old) and len(new) == 1088
+        close(new[1022:], old.mean(0).expand(66, -1))
+    save(tmp_path / "out", grown)
+    assert Tokenizer(str(tmp_path / "out")).words == k.words
+    assert len(m.load_model(tmp_path / "out").wte.weight) == 1088
+
+def test_a_model_of_the_second_family_goes_through_every_stage_flag_and_method(tmp_path):
+    start, weights, said = llama_folder(tmp_path / "hub"), {}, {}
+    for changes in ({}, {"checkpoint": True, "offload": "optimizer"}, {"offload": "all"}):
+        run(sft, tmp_path, init=start, **changes)
+        for stage in (reward, ppo):
+            _, said[stage] = run(stage, tmp_path, **changes)
+        for path in tmp_path.glob("out/*/model.safetensors"):
+            assert weights.setdefault(path, path.read_bytes()) == path.read_bytes(), (path, changes)
+    cfg = small(reward, tmp_path)
+    mean = reward.mean_sft_score(m.load_model(cfg.out, Scorer), cfg, Tokenizer(start), CPU, torch.float32)
+    assert f"stage 1's replies average {mean:+.3f}" in said[reward]  # no bias can take it
+    for stage, step in ((sft, "learn"), (reward, "learn"), (ppo, "update")):
+        changes = {"init": start} if stage is sft else {}
+        run_and_resume(stage, small(stage, tmp_path, **changes), step, 3)
+        path = tmp_path / "out" / stage.__name__ / "model.safetensors"
+        assert path.read_bytes() == weights[path]  # to the bit
+    for stage, changes in ((ppo, {"group": 4, "minibatch": 4, "group_norm": True}), (ppo, {"ptx_coef": 0.5}),
+                           (ppo, {"lora_rank": 2}), (ppo, {"reward": "check"}), (reward, {"dpo": True})):
+        run(stage, tmp_path, steps=2, out=str(tmp_path / "other"), **changes)
+    cfg = m.Config(model=f"{tmp_path}/out/ppo", reward=f"{tmp_path}/out/reward", compare=start, prompt="Hi",
+                   dtype="float32", device="cpu")
+    assert "(score " in quiet(m.main, cfg)[1]
+    stored = json.loads((tmp_path / "out/ppo/config.json").read_text())
+    assert stored["architectures"] == ["LlamaForCausalLM"] and stored["eos_token_id"] == 1
+    refuses(lambda: run(ppo, tmp_path, init="scratch-llama"), "reward model with --init=scratch-llama")
+
+def test_scratch_of_each_family_has_a_size_and_learns(tmp_path):
+    sizes = []
+    for init in m.SCRATCH:
+        result, text = run(sft, tmp_path, init=init, steps=30, lr=1e-2)
+        first = float(re.search(r"before training: val_loss (\S+)", text)[1])
+        assert abs(first - math.log(1024) - 1 / 8) < 0.2 and result["val_loss"] < 2, (init, first, result)
+        sizes.append(m.load_model(tmp_path / "out/sft").cfg)
+        peak = run(sft, tmp_path, init=init, dry_run=True, out=f"{tmp_path}/dry")[0]["peak_device_bytes"]
+        assert peak > 16 * sum(p.numel() for p in m.load_model(tmp_path / "out/sft").parameters())
+    assert [(c.model_type, c.n_kv_head, c.n_inner) for c in sizes] == [
+        ("gpt2", 4, 128), ("llama", 2, 128), ("qwen3", 2, 128)]
+
+def test_a_dry_run_knows_every_name(tmp_path):
+    for name, (_, config) in hub.MODELS.items():
+        small_one = {"n_layer": 1, "n_head": 4, "n_embd": 32, "n_inner": 64, "n_kv_head": 2}
+        with mock.patch.dict(hub.MODELS, {name: ("", config | small_one)}):
+            result, _ = run(sft, tmp_path, init=name, dry_run=True, batch=1, out=f"{tmp_path}/dry")
+        assert result["peak_device_bytes"] > 16 * 32 * config["vocab_size"], name
 
 
 # --- the assembly: each stage against a second, slow implementation -----------------------------------------
@@ -2480,7 +2798,8 @@ def torchrun(n, typed, *flags):
 
 def test_two_processes_take_the_same_course_as_one(tmp_path):
     ids = random_ids(4, 16)
-    for stage, changes in ((sft, {"microbatch": 2}), (reward, {"dpo": True}),
+    save(tmp_path / "out/sft", tiny(tied=False, **QWEN3))
+    for stage, changes in ((ppo, {"reward": "check"}), (sft, {"microbatch": 2}), (reward, {"dpo": True}),
                            (reward, {"checkpoint": True, "offload": "optimizer"}),
                            (ppo, {"ptx_coef": 0.5, "temperature": 0.7}),
                            (ppo, {"group": 4, "minibatch": 8, "microbatch": 8})):  # one keeps its first pass

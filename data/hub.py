@@ -250,22 +250,17 @@ def hub_folder(name):
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / "main"
 
-    def get(file):
+    def get(file, otherwise=None):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             download(f"{endpoint}/{repo}/resolve/main/{file}", folder / file)
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if otherwise and isinstance(error, FileNotFoundError):
+                return get(otherwise)
             refuse(f"{folder / file}: {error}")
-    try:
-        get("model.safetensors")
-    except FileNotFoundError:  # in shards, then
-        get("model.safetensors.index.json")
-    for file in weight_files(folder):
-        if not file.exists():
-            get(file.name)
-    for file in small:  # config.json last: with it the folder is whole
+    get("model.safetensors", otherwise="model.safetensors.index.json")
+    shards = [file.name for file in weight_files(folder) if not file.exists()]
+    for file in (*shards, *small):  # config.json last: with it the folder is whole
         get(file)
     return folder
 
@@ -326,8 +321,10 @@ def download(url, path, attempts=5):
             problem, code = error, 0
         if code == 416:  # what is there does not fit: begin again
             part.unlink(missing_ok=True)
+        elif code == 404:
+            raise FileNotFoundError("the hub answers 404: not there")
         elif 400 <= code < 500 and code not in (408, 429):  # too slow, too often: both may pass
-            raise OSError(f"the hub answers {code} ({'set HF_TOKEN' if code in (401, 403) else 'not there'})")
+            raise OSError(f"the hub answers {code}" + " (set HF_TOKEN)" * (code in (401, 403)))
         if attempt + 1 < attempts:
             time.sleep(2**attempt)
     raise OSError(f"{problem}. The same command goes on where this one stopped.")

@@ -135,7 +135,7 @@ class Tokenizer:
             default = [{"role": "system", "content": self.system}]
             return messages if has_system or not self.system else default + messages
         if has_system and len(messages) > 1:
-            content = f"{messages[0]['content'].strip()}\n\n{messages[1]['content']}"
+            content = "\n\n".join(message["content"].strip() for message in messages[:2])
             return [messages[1] | {"content": content}, *messages[2:]]
         return messages
 
@@ -194,7 +194,7 @@ OUR_TEMPLATE = (
     "{% set before = namespace(text='') %}{% for m in messages %}"
     "{% if loop.first and not loop.last and m['role'] == 'system' %}"
     "{% set before.text = m['content'] | trim + '\\n\\n' %}"
-    "{% elif m['role'] == 'user' %}<|user|>{{ (before.text + m['content']) | trim }}"
+    "{% elif m['role'] == 'user' %}<|user|>{{ before.text + m['content'] | trim }}"
     "{% set before.text = '' %}"
     "{% elif m['role'] == 'assistant' %}<|assistant|>{{ m['content'] | trim }}<|end|>"
     "{% else %}{{ raise_exception('only user and assistant can speak, and one system message before them') }}"
