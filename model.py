@@ -29,7 +29,7 @@ from data import hub
 from data.batches import branching, map_by_length, pad, rng
 from data.kernels import is_packed, linear, prepacked
 from data.run import check_flags, parse_flags, pick_device, require
-from data.tokenizer import VOCAB_SIZE, Tokenizer, same_tokens
+from data.tokenizer import Tokenizer, same_tokens
 from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_tensor, local_shard, logits_of,
                     lookup, memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
 
@@ -549,35 +549,18 @@ def exported(model):
     return config, state
 
 
-SCRATCH = {"scratch": "gpt2", "scratch-llama": "llama", "scratch-qwen3": "qwen3"}  # --init: model_type
-
-
-def scratch_sizes(cfg):
-    """What --n_layer, --n_head and --n_embd leave open: half as many heads of keys, and an MLP whose three
-    matrices have as many weights as GPT-2's two."""
-    if cfg.init == "scratch":
-        return {}
-    return {"model_type": SCRATCH[cfg.init], "n_inner": few_shapes(8 * cfg.n_embd // 3, 64),
-            "n_kv_head": cfg.n_head // 2 if cfg.n_head % 2 == 0 else cfg.n_head}
-
-
 @memory_tag("weights")
 def make_model(cfg, cls, device, dtype):
     """--init -> (model, tokenizer): random weights of the size that the flags say, or a folder's.
 
     A dry run needs sizes only: no weights are read, and any tokenizer will do.
     """
-    if cfg.init in SCRATCH:
-        sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        model = cls(GPTConfig(VOCAB_SIZE[cfg.tokenizer], *sizes, cfg.tokenizer, **scratch_sizes(cfg)))
+    if cfg.dry_run or cfg.init in hub.SCRATCH:
+        model = cls(GPTConfig(**hub.find_config(cfg)))
         if not cfg.dry_run:
             model.initialize(rng(cfg.seed, "init"))
-    elif not cfg.dry_run:
-        model = load_model(cfg.init, cls, head_seed=cfg.seed)  # a Scorer gets a fresh head
-    elif cfg.init in hub.MODELS:
-        model = cls(GPTConfig(**hub.MODELS[cfg.init][1], tokenizer="tiny"))
     else:
-        model = cls(GPTConfig(**hub.read_config(cfg.init)))
+        model = load_model(cfg.init, cls, head_seed=cfg.seed)  # a Scorer gets a fresh head
     require(cfg.block_size <= model.cfg.n_positions,
             f"--block_size={cfg.block_size}: {cfg.init} has {model.cfg.n_positions} positions.")
     tokenizer = Tokenizer("tiny" if cfg.dry_run else model.cfg.tokenizer)

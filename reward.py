@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import prepare
+from data import hub, prepare
 from data.batches import batch_at, map_by_length, microbatches
 from data.dry_run import run_dry
 from data.evaluation import measure_sets, report
 from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
 from memory import QUIET, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
-from model import (GPT, SCRATCH, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
+from model import (GPT, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
                    setup_training)
 
 
@@ -140,7 +140,7 @@ def evaluate_margins(model, rows, cfg, reference=None):
 def mean_sft_score(model, cfg, tokenizer, device, dtype, n=512):
     """The average score of --init's own replies; None if it is scratch, or if there are no prompts."""
     rows = prepare.load(cfg.data, "prompts", optional=True)[0][:n]
-    if cfg.init in SCRATCH or not rows:
+    if cfg.init in hub.SCRATCH or not rows:
         return None
     sft = load_model(cfg.init, GPT, dtype=dtype)
     shard(setup_training(sft, replace(cfg, lora_rank=0), device), device)  # as --offload says

@@ -2088,7 +2088,7 @@ def test_a_model_of_the_second_family_goes_through_every_stage_flag_and_method(t
 
 def test_scratch_of_each_family_has_a_size_and_learns(tmp_path):
     sizes = []
-    for init in m.SCRATCH:
+    for init in hub.SCRATCH:
         result, text = run(sft, tmp_path, init=init, steps=30, lr=1e-2)
         first = float(re.search(r"before training: val_loss (\S+)", text)[1])
         assert abs(first - math.log(1024) - 1 / 8) < 0.2 and result["val_loss"] < 2, (init, first, result)

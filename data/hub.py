@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import layouts
 from data.bpe import read_json
-from data.layouts import MODELS
+from data.layouts import MODELS, SCRATCH
 from data.tokenizer import VOCAB_SIZE, Tokenizer, tokenizer_files
 
 
@@ -153,6 +153,18 @@ def read_config(folder):
     check_vocabulary(folder, tokenizer, rows)
     rows = VOCAB_SIZE[tokenizer] if tokenizer in VOCAB_SIZE else Tokenizer(tokenizer).rows(rows)
     return config | {"vocab_size": rows, "tokenizer": tokenizer}
+
+
+def find_config(cfg):
+    """A script's flags -> the config that --init names: of random weights of the size that other flags say, of
+    a model by its name, without any file, or of a folder."""
+    if cfg.init in SCRATCH:
+        sizes = layouts.scratch(SCRATCH[cfg.init], cfg.n_layer, cfg.n_head, cfg.n_embd)
+        return sizes | {"vocab_size": VOCAB_SIZE[cfg.tokenizer], "n_positions": cfg.block_size,
+                        "tokenizer": cfg.tokenizer}
+    if cfg.init in MODELS:
+        return MODELS[cfg.init][1] | {"tokenizer": "tiny"}
+    return read_config(cfg.init)
 
 
 def find_tokenizer(folder, stored):

@@ -5,6 +5,7 @@
 
 No file is touched here. config is model.py's GPTConfig as a dict.
 """
+import math
 import re
 
 import torch
@@ -43,6 +44,19 @@ MODELS = {
                                                       rope_scaling=llama3(32.0))),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", llama(32, (32, 8), 4096, 14336, 128256, 131072, 5e5,
                                                       rope_scaling=llama3(8.0), tied=False))}
+
+SCRATCH = {"scratch": "gpt2", "scratch-llama": "llama", "scratch-qwen3": "qwen3"}  # --init: model_type
+
+
+def scratch(kind, n_layer, n_head, n_embd):
+    """Sizes of random weights: a Llama's MLP has three matrices with as many weights as GPT-2's two, and half
+    as many heads of keys."""
+    sizes = {"model_type": kind, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    if kind == "gpt2":
+        return sizes
+    return sizes | {"n_inner": math.ceil(8 * n_embd / 3 / 64) * 64,
+                    "n_kv_head": n_head // 2 if n_head % 2 == 0 else n_head}
+
 
 # --- config.json --------------------------------------------------------------------------------------------
 
