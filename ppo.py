@@ -33,7 +33,7 @@ from model import (GPT, Scorer, by_reply, exported, generate_many, load_model, m
 
 @dataclass(slots=True)
 class Config:
-    init: str = "out/sft"       # stage 1's checkpoint folder: the actor and its reference
+    init: str = "out/sft"       # stage 1's checkpoint folder, or a model by name: the actor and its reference
     reward: str = "out/reward"  # stage 2's folder; check: 1 if a reply matches the prompt's check, else 0
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 2            # size of a model from scratch

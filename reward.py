@@ -29,7 +29,7 @@ from model import (GPT, Scorer, answer_prompts, exported, load_model, make_model
 
 @dataclass(slots=True)
 class Config:
-    init: str = "out/sft"       # stage 1's checkpoint folder, a hub's GPT-2 (gpt2, ...), or scratch
+    init: str = "out/sft"       # stage 1's checkpoint folder, or whatever stage 1's --init may be
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 2            # size of a model from scratch
     n_head: int = 2

@@ -26,7 +26,7 @@ from model import GPT, answer_prompts, exported, generate_many, make_model, nega
 
 @dataclass(slots=True)
 class Config:
-    init: str = "scratch"       # random weights; gpt2, -medium, -large or -xl of the hub; or a folder
+    init: str = "scratch"       # random weights (also scratch-llama); gpt2, smollm2-135m, ...; or a folder
     tokenizer: str = "tiny"     # of a model from scratch: tiny (bundled) or gpt2
     n_layer: int = 2            # size of a model from scratch
     n_head: int = 2

@@ -2891,6 +2891,7 @@ def readme():
             (copy / name).write_bytes(data)
         net = GPT(GPTConfig(50304, 1024, 1, 2, 8, "gpt2")).initialize(rng(0))  # stands in for the hub's
         save(cache / "models--openai-community--gpt2/snapshots/main", net)
+        llama_folder(cache / "models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/main", n_positions=512)
         env = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
         for line in commands(text):
             if line.startswith(SKIP):

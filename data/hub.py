@@ -136,8 +136,9 @@ def read_config(folder):
     files = weight_files(folder)
     if not (folder / "config.json").exists() or not files:
         script = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
-        remedy = f'Run "python {script}" first.' if script else \
-            "It should hold config.json and model.safetensors."
+        remedy = (f'Run "python {script}" first.' if script else
+                  "It should hold config.json and model.safetensors." if folder.is_dir() else
+                  f"It is no folder, and no name: {', '.join(MODELS)}.")
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
     stored = read_json(folder / "config.json")
     try:
