@@ -36,6 +36,11 @@ from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_ten
 
 # --- the network: GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023, arXiv:2302.13971), Qwen3 ---------
 
+# From GPT-2 to Llama (SmolLM2 is one) five things changed. All else, and the names, are the same.
+#     LayerNorm -> RMSNorm: less work         position vectors (wpe) -> rotary_angles, rotate: distances count
+#     MLP -> GatedMLP: learns better          as many keys as queries -> fewer (n_kv_head): a smaller cache
+#     biases -> none; Qwen3 has norms on queries and keys instead (q_norm, k_norm)
+
 @dataclass
 class GPTConfig:
     """The sizes of a network, named as in GPT-2's config.json, and those that its successors add."""
@@ -60,7 +65,7 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
 
-    def norm(self):
+    def norm(self):  # GPT-2's eps is LayerNorm's default
         return nn.LayerNorm(self.n_embd) if self.model_type == "gpt2" else RMSNorm(self.n_embd, self.norm_eps)
 
 
@@ -97,26 +102,29 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, cfg):
-    """positions (...) -> (cos, sin) of the angles by which RoPE turns queries and keys, each (..., D / 2).
+    """positions (B, T) or (T,) -> (cos, sin) of the angles by which RoPE turns queries and keys of all heads,
+    each (B or 1, 1, T, D / 2).
 
     Pair i of a head's D numbers turns by theta^(-2 i / D) a position: Su et al. 2021, arXiv:2104.09864, eq.
-    15. Llama 3.1 reads rows longer than those it was first trained on: pairs that turned less than `low`
-    times in these turn slower by `factor`, those with more than `high` turns as before, between them a mix.
+    15. Llama 3.1 was first trained on shorter rows. Pairs that turned round fewer than `low` times within one
+    of these now turn slower, by `factor`; those with more than `high` turns go on as before, others between.
     """
     D = cfg.head_dim
     speed = 1 / cfg.rope_theta ** (torch.arange(0, D, 2, device=positions.device) / D)  # radians a position
     if cfg.rope_scaling:
-        factor, low, high, trained_on = cfg.rope_scaling.values()
-        turns = trained_on * speed / (2 * math.pi)
+        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+        factor, low, high, trained_length = (cfg.rope_scaling[name] for name in names)
+        turns = trained_length * speed / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         speed = speed * (kept + (1 - kept) / factor)
-    angles = positions[..., None] * speed
+    angles = (positions[..., None] * speed).unsqueeze(-3)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Queries or keys (B, H, T, D): the pair (x[i], x[i + D / 2]) turns by its angle, cos and sin
-    (B or 1, 1, T, D / 2). q . k then depends on how far apart two tokens are, not on where they stand."""
+    (B or 1, 1, T, D / 2). (The paper pairs neighbours.) q . k then depends on how far apart two tokens are,
+    not on where they stand."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -131,18 +139,21 @@ def attend(q, k, v, mask=None):
     (B, H, T, D), K, S, device = q.shape, k.size(1), k.size(2), q.device.type
     # On a CPU the fused kernel's backward is up to four times slower than the formula's, except on long rows;
     # on Apple's MPS it gives wrong numbers for strided 16-bit inputs (pytorch#163597, #181133).
-    # Everything in k's type, for a CPU's cache is float32.
+    # All in k's type, for a CPU's cache is float32. Heads of queries that share keys stand side by side.
     if device == "mps" or device == "cpu" and T <= 512:
         if mask is None:
             mask = torch.full((T, S), -math.inf, dtype=k.dtype, device=q.device).triu(1)
-        # queries of heads that share keys stand side by side, as if they were tokens: (B, K, H / K T, D)
-        scores = (q * D ** -0.5).to(k.dtype).reshape(B, K, -1, D) @ k.transpose(-1, -2)
+        # as if they were tokens of one head: (B, K, H / K T, D) -> (B, K, H / K T, S)
+        scores = (q.to(k.dtype) * D ** -0.5).reshape(B, K, -1, D) @ k.transpose(-1, -2)
         weights = (scores.view(B, H, T, S) + mask).softmax(-1)
         return (weights.view(B, K, -1, S) @ v).view(B, H, T, D).to(q.dtype)
-    # one fused kernel, which never writes the (T, S) matrix; every head of queries gets keys of its own
-    k, v = (x[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for x in (k, v))
-    y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None)
-    return y.to(q.dtype)
+    # One fused kernel, which never writes the (T, S) matrix. It masks tokens by their place, so only where
+    # there is one token can heads pose as tokens; otherwise each gets a copy of its keys.
+    if T > 1:
+        k, v = (x[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for x in (k, v))
+    q_ = q.to(k.dtype).reshape(B, k.size(1), -1, D)
+    y = F.scaled_dot_product_attention(q_, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.reshape(B, H, T, D).to(q.dtype)
 
 
 def branch_mask(branch, dtype):
@@ -158,9 +169,9 @@ class Attention(nn.Module):
     """Every position gathers what it needs from those before it, by n_head patterns of attention at once."""
     def __init__(self, cfg):
         super().__init__()
-        self.heads, self.head_dim = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head), cfg.head_dim
+        self.counts, self.head_dim = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head), cfg.head_dim
         # queries, keys and values side by side
-        self.c_attn = Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, cfg)
+        self.c_attn = Linear(cfg.n_embd, sum(self.counts) * cfg.head_dim, cfg)
         self.c_proj = Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, cfg)
         qwen3 = cfg.model_type == "qwen3"  # keeps q . k small: Dehghani et al. 2023, arXiv:2302.05442, sec. 2
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if qwen3 else nn.Identity()
@@ -170,7 +181,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). With a cache, also over the keys and values that it has of this layer."""
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
-        q, k, v = heads.split(self.heads, 1)
+        q, k, v = heads.split(self.counts, 1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -188,7 +199,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(cfg.n_inner, cfg.n_embd, cfg)
 
     def forward(self, x):
-        # (B, T, C) -> (B, T, 4 C) -> (B, T, C); the tanh form of GELU is the one that GPT-2 was trained with
+        # (B, T, C) -> (B, T, n_inner) -> (B, T, C); GPT-2 was trained with the tanh form of GELU
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -222,7 +233,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model. Its parameters have GPT-2's names, whatever cfg.model_type."""
+    """A language model. Its parameters have the names of the hub's GPT-2, whatever the family;
+    data/layouts.py knows what others call them, and which of them are apart there."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -232,7 +244,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = cfg.norm()
         if not cfg.tied:
-            self.lm_head = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+            self.lm_head = nn.Embedding(cfg.vocab_size, cfg.n_embd)  # rows of it are read, as of wte: (V, C)
         self.streamed_blocks = None  # what stream() runs instead of self.h
 
     def initialize(self, generator):
@@ -263,7 +275,7 @@ class GPT(nn.Module):
             # pad() rounds T up: only padding is beyond the last position
             x = x + self.wpe(positions.clamp(max=self.cfg.n_positions - 1))
         else:
-            rotary = [y.to(x.dtype).unsqueeze(-3) for y in rotary_angles(positions, self.cfg)]
+            rotary = [y.to(x.dtype) for y in rotary_angles(positions, self.cfg)]
         mask = cache.mask if cache is not None else None
         if branch is not None:
             mask = branch_mask(branch, x.dtype)
@@ -378,7 +390,8 @@ def policy_logprobs(model, prompts, replies, temperature=1.0, entropy=False):
 
 class Cache:
     """Keys and values of the tokens so far, allocated once: (layers, 2, B, K, capacity, D). The first forward
-    is the prefill, its rows are the different prompts, and prompt (B,) says which of them each row has."""
+    is the prefill, its rows are the different prompts, and prompt (B,) says which of them each row has. Then
+    advance() and a forward with one token a row take turns."""
     def __init__(self, cfg, prompt, capacity, like):
         shape = cfg.n_layer, 2, len(prompt), cfg.n_kv_head, few_shapes(capacity, 16), cfg.head_dim
         # A CPU attends twice as fast in float32. Zeros, as masked values must be numbers: 0 * nan = nan.
@@ -388,11 +401,11 @@ class Cache:
         self.prompt, self.rows, self.lengths, self.mask = prompt, None, None, None
 
     def update(self, layer, *new):
-        """New keys and values, each (B, K, T, D) -> those of all tokens so far, each (B, K, S, D)."""
+        """New keys and values, each (rows, K, T, D) -> those of all tokens so far, each (rows, K, S, D)."""
         for kept, x in zip(self.kv[layer], new):  # kept (B, K, capacity, D)
-            if self.mask is None:  # prefill
+            if self.mask is None:  # nobody has called advance(): prefill
                 kept[:, :, :x.size(2)] = x[self.prompt]
-            else:  # one token a row, each at a position of its own: (B, K, D)
+            else:  # one token a row, each at a position of its own, (B, K, D)
                 kept[self.rows, :, self.lengths] = x[:, :, 0].to(kept.dtype)
         return new if self.mask is None else self.kv[layer, ..., :self.mask.size(-1), :]
 

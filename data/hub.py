@@ -157,8 +157,8 @@ def read_config(folder):
 
 
 def find_config(cfg):
-    """A script's flags -> the config that --init names: of random weights of the size that other flags say, of
-    a model by its name, without any file, or of a folder."""
+    """A script's flags -> the config that --init names: random weights' of the size that other flags say,
+    a model's by its name, without any file, or a folder's."""
     if cfg.init in SCRATCH:
         sizes = layouts.scratch(SCRATCH[cfg.init], cfg.n_layer, cfg.n_head, cfg.n_embd)
         return sizes | {"vocab_size": VOCAB_SIZE[cfg.tokenizer], "n_positions": cfg.block_size,
