@@ -727,7 +727,7 @@ def test_all_stages_run_there_with_every_offload_and_agree_with_the_cpu(tmp_path
         losses.append(torch.tensor([row.get("loss", row.get("value_loss")) for row in rows]))
     for other in losses[1:4]:
         assert torch.allclose(losses[0], other, rtol=1e-3), losses
-    llama = setting | {"init": "scratch-llama", "n_layer": 1, "out": str(tmp_path / "llama")}  # few heads of keys
+    llama = setting | {"init": "scratch-llama", "n_layer": 1, "out": str(tmp_path / "llama")}
     close(*(run(sft, tmp_path, **llama | {"device": device})[0]["val_loss"]
             for device in ("cpu", "elsewhere:0")), 1e-3)
     run(ppo, tmp_path, **setting, reward="check")
