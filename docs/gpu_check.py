@@ -271,10 +271,14 @@ def kernels():
             say(f"{name}, {dtype}, cuDNN {'allowed' if cudnn else 'off'}: {', '.join(used) or 'the formula'}")
     q, k, v = torch.randn(3, 2, 12, 77, 64, device=DEVICE)
     future = torch.ones(77, 77, dtype=torch.bool, device=DEVICE).triu(1)
-    want = (q @ k.mT / 8).masked_fill(future, -math.inf).softmax(-1) @ v
-    for dtype, allowed in ((F32, 1e-4), (BF16, 0.03)):
-        gap = (m.attend(*(x.to(dtype) for x in (q, k, v))).float() - want).abs().max().item()
-        check(gap < allowed, f"attend() in {dtype} is {gap:.1e} off the formula")
+    for K, (dtype, allowed) in itertools.product((12, 4), ((F32, 1e-4), (BF16, 0.03))):
+        k_, v_ = (x[:, :K].repeat_interleave(12 // K, 1) for x in (k, v))  # K heads of keys, shared
+        want = (q @ k_.mT / 8).masked_fill(future, -math.inf).softmax(-1) @ v_
+        q_, k_, v_ = (x.to(dtype) for x in (q, k[:, :K], v[:, :K]))
+        mask = torch.zeros(2, 1, 1, 77, dtype=dtype, device=DEVICE)
+        for name, got in (("all", m.attend(q_, k_, v_)), ("last", m.attend(q_[:, :, -1:], k_, v_, mask))):
+            gap = (got.float() - want[:, :, -got.size(2):]).abs().max().item()
+            check(gap < allowed, f"attend(), {K} heads of keys, {name}, {dtype}: {gap:.1e} off the formula")
 
 
 class Delays:
