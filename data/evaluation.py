@@ -159,7 +159,7 @@ def token_table(batch, i, tokenizer):
     reply = batch["replies"][i]
     columns = {title: [round(x, 4) for x in batch[name][i, :len(reply)].tolist()]
                for title, name in names.items() if name in batch}
-    tokens = [tokenizer.decode([t]) if t != tokenizer.end else "<|end|>" for t in reply]
+    tokens = [tokenizer.decode([t]) if t != tokenizer.end else tokenizer.chat.end for t in reply]
     return {"tokens": tokens, "score": batch["scores"][i].item(), "columns": columns}
 
 
@@ -167,7 +167,7 @@ def trace(table):
     """Print a token_table()."""
     print(f"{'token':>14} " + " ".join(f"{title:>9}" for title in table["columns"]))
     for token, *numbers in zip(table["tokens"], *table["columns"].values()):
-        text = token if token == "<|end|>" else repr(token)
+        text = token if re.fullmatch(r"<\|\w+\|>", token) else repr(token)
         print(f"{text:>14} " + " ".join(f"{round(x, 3) + 0.0:9.3f}" for x in numbers))  # no -0.000
     print(f"score {table['score']:.3f}, paid on the last token")
 

@@ -91,7 +91,8 @@ def write(folder, config, tensors):
     """For transformers: a language model, or a ...ForSequenceClassification if there is a "score.weight"."""
     folder, scorer, tokenizer = Path(folder), "score.weight" in tensors, Tokenizer(config["tokenizer"])
     written = layouts.write_config(config, scorer)
-    written |= {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    begin = tokenizer.first if tokenizer.chat.begin else tokenizer.end
+    written |= {"bos_token_id": begin, "eos_token_id": tokenizer.end}
     if tokenizer.name in VOCAB_SIZE:
         written["tokenizer"] = tokenizer.name
     # transformers reads the score at the last token that is not padding: padding must not be the end token

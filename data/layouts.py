@@ -103,7 +103,8 @@ def read_sizes(sizes, kind):
     is_size = lambda n: type(n) is int and 0 < n < 10**6
     C, H = sizes["n_embd"], sizes["n_head"]
     if is_size(C) and is_size(H):
-        follows = {"vocab_size": 50257, "n_inner": 4 * C, "n_kv_head": H, "head_dim": C // H}
+        follows = {"vocab_size": 50257, "n_inner": 4 * C, "n_kv_head": H,
+                   "head_dim": 128 if kind == "qwen3" else C // H}
         sizes = follows | {name: n for name, n in sizes.items() if n is not None or name not in follows}
     if not all(map(is_size, sizes.values())) or H % sizes["n_kv_head"] or kind == "gpt2" and C % H:
         raise ValueError(f"{sizes}: not the sizes of a {kind}")
