@@ -397,7 +397,7 @@ def load_prompts(cfg, tokenizer):
     trimmed = 0
     for row in out[0] + out[1]:
         ids = tokenizer.prompt(row["prompt"], 10**9)  # uncut
-        row["ids"] = ids[-max_prompt_tokens:]
+        row["ids"] = tokenizer.cut(ids, max_prompt_tokens)
         trimmed += len(ids) > max_prompt_tokens
     require(out[0], f"{cfg.data}: no prompts.")
     require(cfg.reward != "check" or all("check" in row for row in out[0] + out[1]),

@@ -51,6 +51,7 @@ from data import batches, dry_run, evaluation, hub, kernels, prepare, tokenizer
 from data import bpe as data_bpe
 from data import run as data_run
 from data.batches import pad, rng
+from data.follow import make as follow
 from data.tiny import make
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW, checkpoint, token_logprobs
@@ -974,6 +975,7 @@ def test_a_dialogue_is_written_as_the_model_knows_it_and_the_template_says_the_s
             prompt, asked = k.prompt(messages[:-1], 999), messages[:-1]
             assert k.encoding.decode(prompt) == shown(messages=asked, add_generation_prompt=True)
             assert ids == prompt + k.reply("Yes.") and ids[0] == k.first != k.end
+            assert k.prompt(asked, 9) == [*k.begin, *prompt[len(k.begin) - 9:]]  # Llama 3's first token stays
         k2 = Tokenizer(words_folder(tmp_path / "again", stored_words(control), exported))
         assert (k2.system, k2.chat) == (k.system, k.chat)
         good = k.reply("Yes.")
@@ -1665,6 +1667,46 @@ def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 100_000
+
+def test_instructions_to_follow_are_their_generators_and_their_checks_tell_kept_from_broken():
+    train, val, shown = follow.make()
+    for name, rows in (("prompts", train), ("prompts.val", val), ("sft", shown)):
+        assert jsonl(ROOT / f"data/follow/{name}.jsonl") == rows, name
+    asked = lambda rows: {row["prompt"][0]["content"] for row in rows}
+    assert asked(train).isdisjoint(asked(val))
+    sets = prepare.by_set(val)
+    assert list(sets) == ["new topics", "new wordings", "new kinds"]
+    known = {row["skill"] for row in train}
+    assert {row["skill"] for row in sets["new topics"] + sets["new wordings"]} == known
+    assert {row["skill"] for row in sets["new kinds"]} == {*follow.NEW_KINDS}
+    kept = {"words": "Rain is very wet", "one sentence": "Rain is wet.",
+            "no comma": "Rain is wet and it is cold", "lower case": "all the rain falls down.",
+            "capitals": "RAIN IS WET!", "begin": "Well, rain is wet.",
+            "end": "Rain is wet\nindeed.", "bullets": "- Rain\n* is wet.", "quotes": '"Rain is wet."',
+            "question": "Rain is wet. Is it?", "thrice": "Very, very, very wet rain",
+            "two sentences": "Rain is wet. It falls.", "short": "Rain is wet.",
+            "word": "My mother likes rain.",
+            "three sentences": "Rain. Is. Wet.", "brackets": "[Rain is wet.]", "thanks": "Rain! Thank you.",
+            "no e": "Rain is a cold liquid.", "numbered": "1. Rain\n2. is\n3) wet"}
+    draw = mock.Mock(choice=lambda options: options[1] if options == (3, 4, 5, 6) else options[0])
+    found = follow.kinds("rain", draw)
+    matches = lambda kind, text: evaluation.passes_check({"check": found[kind][0]}, text)
+    assert kept.keys() == found.keys() and all(len(wordings) in (1, 3) for _, wordings in found.values())
+    for kind, text in kept.items():
+        assert matches(kind, text), (kind, text)
+        assert not matches(kind, re.sub("(?i)rain", "snow", text)), kind  # not about what was asked
+        assert not matches(kind, "") and not matches(kind, "Rain"), kind
+    broken = {"words": "Rain is wet", "one sentence": "Rain is wet. It falls.",
+              "no comma": "Rain is wet, and it is cold", "lower case": "All the rain falls down.",
+              "capitals": "RAIN IS Wet!", "begin": "Rain? Well, it is wet.",
+              "end": "Indeed, rain is wet.", "bullets": "- Rain\n- is\n- wet", "quotes": '"Rain" is "wet"',
+              "question": "Is rain wet? Yes.", "thrice": "Very, very wet rain",
+              "two sentences": "Rain is wet.",
+              "short": "Rain " * 9, "word": "Mothers like rain.", "three sentences": "Rain. Is wet.",
+              "brackets": "[Rain] is wet.", "thanks": "Thank you for the rain.", "no e": "Rain is the cold.",
+              "numbered": "1. Rain\n2. is wet"}
+    for kind, text in broken.items():
+        assert not matches(kind, text), (kind, text)
 
 def test_the_bundled_set_is_its_generators_holds_prompts_out_and_its_checks_tell_good_from_bad(tmp_path):
     quiet(make.main, tmp_path)

@@ -97,6 +97,7 @@ class Tokenizer:
             mergeable_ranks=words.ranks | {byte: n + i for i, byte in enumerate(absent)})
         self.ordinary = {*words.ranks.values(), *words.atomic.values()}  # ids that text can have
         self.end = words.control[self.chat.end]
+        self.begin = self.encoding.encode(self.chat.begin, allowed_special="all")
         self.first = self.header("user", first=True)[0]  # with which every dialogue begins
 
     def rows(self, stored):
@@ -155,9 +156,13 @@ class Tokenizer:
         return ids, loss_mask
 
     def prompt(self, messages, max_prompt_tokens):
-        """Ids that end in the assistant's header, where the reply begins; a longer prompt loses its
-        beginning."""
-        return (self.render(messages)[0] + self.header("assistant", first=False))[-max_prompt_tokens:]
+        """Ids that end in the assistant's header, where the reply begins; a longer prompt is cut()."""
+        ids = self.render(messages)[0] + self.header("assistant", first=False)
+        return self.cut(ids, max_prompt_tokens)
+
+    def cut(self, ids, n):
+        """The last n; but what every dialogue of Llama 3's format begins with stays."""
+        return ids if len(ids) <= n else self.begin + ids[len(self.begin) - n:]
 
 
 def same_tokens(a, b):

@@ -10,6 +10,7 @@
     python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # any policies, beside stage 1
     python docs/bench.py best-of out/sft out/reward out/best-of    # best of 1 to 64, a log for docs/view.py
     python docs/bench.py own out/ppo out/reward out/own-ppo        # calibration on a policy's own replies
+    python docs/bench.py follow smollm2-135m-instruct out/follow   # instructions kept, of any policies
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
@@ -38,13 +39,13 @@ import reward
 import sft
 from data import dry_run
 from data.batches import rng
-from data.evaluation import calibration, passes, yardsticks
+from data.evaluation import calibration, passes, win_rate, yardsticks
 from data.prepare import by_set, load
 from data.run import memory_gb, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
-                   score_dialogue)
+                   policy_logprobs, score_dialogue)
 
 # --- speed --------------------------------------------------------------------------------------------------
 
@@ -398,11 +399,41 @@ def best_of(sft, reward, out, most=64):
         file.write(json.dumps({"final": True}) + "\n")
 
 
+@torch.no_grad()
+def follow(*folders, new=48, room=96, temperature=0.7):
+    """Replies of each policy to the held-out instructions of data/follow: by set the share that is kept, with
+    Wilson's interval, and by kind. And what training never sees: how long they are, how many differ, and
+    their loss under the first policy, nats a token: what no longer reads like language costs more there."""
+    first, sets = None, by_set(load("data/follow", "prompts")[1])
+    for folder in folders:
+        net = load_model(folder, GPT, *pick_device("auto", "auto"))
+        first, tokenizer = first or net, Tokenizer(net.cfg.tokenizer)
+        for name, rows in sets.items():
+            prompts = [tokenizer.prompt(row["prompt"], room) for row in rows]
+            replies = generate_many(net, prompts, new, tokenizer.end, rng(0, name), 64, temperature)
+            kept, kinds, nats = [passes(*pair, tokenizer) for pair in zip(rows, replies)], {}, 0.0
+            for row, good in zip(rows, kept):
+                kinds.setdefault(row["skill"], []).append(good)
+            for i in range(0, len(rows), 16):
+                logprobs, _ = policy_logprobs(first, prompts[i:i + 16], replies[i:i + 16])
+                nats -= logprobs.sum().item()
+            texts, tokens = [tokenizer.decode(reply) for reply in replies], sum(map(len, replies))
+            share = win_rate(torch.tensor(kept).float(), torch.full((len(kept),), 0.5))
+            print(json.dumps({"policy": folder, "set": name, "kept": [round(x, 3) for x in share],
+                              "tokens": round(tokens / len(rows), 1), "different": len({*texts}),
+                              "ended": sum(r[-1] == tokenizer.end for r in replies), "replies": len(rows),
+                              "nats_under_first": round(nats / tokens, 2),
+                              "kinds": {k: round(sum(x) / len(x), 2) for k, x in kinds.items()}}), flush=True)
+        for row, text in list(zip(rows, texts))[:6]:
+            print(f"    {row['prompt'][0]['content']!r} -> {text!r}")
+
+
 def main(names):
     """A workload's name runs it in new processes: `python docs/bench.py run FUNCTION ARGUMENTS`."""
     if names == ["fit"]:
         return fit()
-    world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of, "own": own_replies}
+    world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of, "own": own_replies,
+             "follow": follow}
     if names and names[0] in world:
         return world[names[0]](*names[1:])
     if names[:1] == ["run"]:
