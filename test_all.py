@@ -2102,7 +2102,7 @@ def test_a_vocabulary_without_a_chat_format_gets_ours_and_rows_for_it(tmp_path):
         assert torch.equal(new[:1022], old) and len(new) == 1088
         close(new[1022:], old.mean(0).expand(66, -1))
     save(tmp_path / "out", grown)
-    assert Tokenizer(str(tmp_path / "out")).words == k.words
+    assert tokenizer.same_tokens(str(tmp_path / "out"), str(tmp_path / "base"))
     assert len(m.load_model(tmp_path / "out").wte.weight) == 1088
 
 def test_a_model_of_the_second_family_goes_through_every_stage_flag_and_method(tmp_path):

@@ -167,7 +167,10 @@ class Tokenizer:
 
 def same_tokens(a, b):
     """Do two names, of which each may be a folder, mean the same tokens?"""
-    return a == b or not {a, b} & VOCAB_SIZE.keys() and read_words(a) == read_words(b)
+    if a == b or {a, b} & VOCAB_SIZE.keys():
+        return a == b
+    a, b = Tokenizer(a), Tokenizer(b)
+    return (a.words, a.system) == (b.words, b.system)
 
 
 def encode_demonstration(row, tokenizer, block_size):
