@@ -942,6 +942,8 @@ def test_words_that_tiktoken_cannot_make_exactly_are_refused_by_name(tmp_path):
             (digits(individual_digits=False), "the pre_tokenizer is", "Digits"),
             ({"pre_tokenizer": None}, "the pre_tokenizer is None"),
             ({"added_tokens": [*added, think | {"lstrip": True}]}, "<think>", "lstrip"),
+            ({"added_tokens": [*added, think | {"id": 5}]}, "ids are not whole numbers, each of one"),
+            ({"added_tokens": [*added, think | {"id": -1}]}, "ids are not whole numbers"),
             ({"model": []}, "not a tokenizer")):
         folder = words_folder(tmp_path, good | changes)
         refuses(lambda: Tokenizer(folder), "tokenizer.json", *words)
@@ -2796,6 +2798,17 @@ def test_fuzz_checkpoints_and_what_a_resume_reads(tmp_path):
     old.unlink()
     index.write_text(json.dumps({"weight_map": {name: "part.safetensors" for name in tensors}}))
     survives(index, load)
+
+def test_fuzz_a_folder_with_words_of_its_own(tmp_path):
+    folder = Path(llama_folder(tmp_path / "llama", n_layer=1))
+
+    def load():
+        tokenizer.read_words.cache_clear()
+        k = Tokenizer(m.load_model(folder).cfg.tokenizer)
+        k.encode(k.decode(k.render([user("Hi 12"), assistant("Yes.")])[0]))
+    survives(folder / "config.json", load)
+    survives(folder / "tokenizer.json", load, head=3000)
+    survives(folder / "tokenizer_config.json", load)
 
 def test_fuzz_data(tmp_path):
     write_data(tmp_path / "data")

@@ -11,6 +11,8 @@ import functools
 import json
 from typing import NamedTuple
 
+import tiktoken
+
 # What the hub's names for ways of splitting mean. GPT-2's has no name of its own: it is built into ByteLevel
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_APART = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -104,6 +106,7 @@ def parse(stored):
     need(normalizer in (None, {"type": "NFC"}), f"the normalizer is {normalizer}")
     pattern = find_pattern(stored.get("pre_tokenizer"))
     need(pattern, f"the pre_tokenizer is {str(stored.get('pre_tokenizer'))[:200]}")
+    tiktoken.Encoding("", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={})  # can it be read?
     control, atomic = {}, {}
     for token in stored.get("added_tokens", []):
         (control if token["special"] else atomic)[token["content"]] = token["id"]
@@ -114,6 +117,9 @@ def parse(stored):
     need(not strange, f"its tokens hold {''.join(sorted(strange))[:20]!r}, which stand for no byte")
     spell = lambda token: bytes(map(byte_of.__getitem__, token))
     ranks = {spell(token): i for token, i in model["vocab"].items() if token not in control | atomic}
+    ids = [*ranks.values(), *control.values(), *atomic.values()]
+    need(len({*ids}) == len(ids) and all(type(i) is int and 0 <= i < 2**24 for i in ids),
+         "its ids are not whole numbers, each of one token")
     listed = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     listed, made = [tuple(map(spell, pair)) for pair in listed], merges(ranks)
     wrong = next((there for here, there in zip(made, listed) if here != there), None)
