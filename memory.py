@@ -341,8 +341,8 @@ class StreamedBlock:
 
 
 def stream(model, device):
-    """Keep the weights of the blocks (h) and the token embedding (wte) in host memory, pinned for a GPU; move
-    the rest to `device`.
+    """Keep the weights of the blocks (h), the token embedding (wte) and the output matrix, if it is another
+    (lm_head), in host memory, pinned for a GPU; move the rest to `device`.
 
     The device then holds two blocks, one computing and one arriving, whatever the depth. (So call it before
     the optimizer is made: weights move.) The embedding

@@ -79,7 +79,7 @@ def as_messages(turns):
             raise Unusable("a turn without role or text")
         content = as_text(content, "a turn's content")
         role = ROLES.get(role.lower(), role.lower())
-        if role == "system" and not out[1:] and all(message["role"] == "system" for message in out):
+        if role == "system" and (not out or out[-1]["role"] == "system"):
             before = f"{out[0]['content']}\n\n" if out else ""
             out = [{"role": "system", "content": before + content}]
         elif role == "system":
