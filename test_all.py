@@ -49,6 +49,7 @@ import reward
 import sft
 from data import batches, dry_run, evaluation, hub, kernels, prepare, tokenizer
 from data import bpe as data_bpe
+from data import layouts as data_layouts
 from data import run as data_run
 from data.batches import pad, rng
 from data.follow import make as follow
@@ -2144,6 +2145,8 @@ def test_scratch_of_each_family_has_a_size_and_learns(tmp_path):
         assert peak > 16 * sum(p.numel() for p in m.load_model(tmp_path / "out/sft").parameters())
     assert [(c.model_type, c.n_kv_head, c.n_inner) for c in sizes] == [
         ("gpt2", 4, 128), ("llama", 2, 128), ("qwen3", 2, 128)]
+    sizes = data_layouts.scratch("llama", 2, 3, 128)
+    assert (sizes["n_inner"], sizes["n_kv_head"]) == (384, 3)  # 8/3 of 128, in 64s; 3 heads have no half
 
 def test_a_dry_run_knows_every_name(tmp_path):
     for name, (_, config) in hub.MODELS.items():
