@@ -89,12 +89,9 @@ class Tokenizer:
             ours = dict(zip(OURS.control_tokens(), range(n, n + 3)))
             n, words = n + 3, words._replace(control=words.control | ours)
         self.words, self.n, self.vocab_size = words, n, math.ceil(n / 64) * 64
-        # Some tokenizers lack a few bytes. Such characters are left out, as transformers does: they get ids
-        # beyond the vocabulary, which encode() drops.
-        absent = [bytes([b]) for b in range(256) if bytes([b]) not in words.ranks]
-        self.encoding = tiktoken.Encoding(
-            self.name, pat_str=words.pattern, special_tokens=words.control | words.atomic,
-            mergeable_ranks=words.ranks | {byte: n + i for i, byte in enumerate(absent)})
+        self.absent = {b for b in range(256) if bytes([b]) not in words.ranks}  # SmolLM2 lacks 21 bytes
+        self.encoding = tiktoken.Encoding(self.name, pat_str=words.pattern, mergeable_ranks=words.ranks,
+                                          special_tokens=words.control | words.atomic)
         self.ordinary = {*words.ranks.values(), *words.atomic.values()}  # ids that text can have
         self.end = words.control[self.chat.end]
         self.begin = self.encoding.encode(self.chat.begin, allowed_special="all")
@@ -108,9 +105,17 @@ class Tokenizer:
         # the spelling of a control token is ordinary text
         if self.words.normalizer:
             text = unicodedata.normalize(self.words.normalizer, text)
-        ids = [i for piece in PIECES.findall(text) for i in self.encoding.encode(
+        if self.absent and not self.absent.isdisjoint(text.encode("utf-8", "replace")):
+            return self.encode_without_absent(text)
+        return [i for piece in PIECES.findall(text) for i in self.encoding.encode(
             piece, allowed_special={*self.words.atomic}, disallowed_special=())]
-        return [i for i in ids if i in self.ordinary]
+
+    def encode_without_absent(self, text):
+        """Bytes that have no token are left out, once the text is split, as transformers does."""
+        import regex  # tiktoken depends on it
+        pieces = (piece.encode("utf-8", "replace") for piece in regex.findall(self.words.pattern, text))
+        kept = (bytes(b for b in piece if b not in self.absent) for piece in pieces)
+        return [i for piece in kept if piece for i in self.encoding._encode_single_piece(piece)]
 
     def bytes(self, ids):
         """The bytes of ordinary tokens; control tokens and the vocabulary's padding have none."""

@@ -30,8 +30,6 @@ QUESTIONS = ["Tell me about {}.", "What is there to like about {}?", "What do pe
              "Describe {}.", "Why do people care about {}?", "Write something about {}."]
 
 
-
-
 def kinds(topic, draw):
     """-> {kind: (regular expression, wordings, the last of which is held out)}. Python's (?s: ) lets a dot be
     a new line, too; (?i: ) any case."""
