@@ -7,10 +7,10 @@
     python docs/bench.py ragged-reward       # GPT-2 124M on rows of real lengths; ragged-sft, generate-same
     python docs/bench.py chat out/ppo        # held-out questions of the bundled world, five to a dialogue
     python docs/bench.py bias out/reward out/sft out/ppo    # who falls for enthusiasm!!
-    python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # any policies, beside stage 1
+    python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # beside stage 1; takes ppo.py's flags
     python docs/bench.py best-of out/sft out/reward out/best-of    # best of 1 to 64, a log for docs/view.py
     python docs/bench.py own out/ppo out/reward out/own-ppo        # calibration on a policy's own replies
-    python docs/bench.py follow smollm2-135m-instruct out/follow   # instructions kept, of any policies
+    python docs/bench.py follow out/kept smollm2-135m-instruct out/follow    # instructions kept: a log
 
 Every workload runs in a process of its own, so that peaks of memory do not mix. Weights are random, nothing
 is downloaded. Beside each figure stand the machine's own rates, measured in the same process.
@@ -41,7 +41,7 @@ from data import dry_run
 from data.batches import rng
 from data.evaluation import calibration, passes, win_rate, yardsticks
 from data.prepare import by_set, load
-from data.run import memory_gb, pick_device, require
+from data.run import memory_gb, parse_flags, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
@@ -345,24 +345,28 @@ def bias(reward="out/reward", *folders):
         print(f"{folder}: {share:.3f} of the replies have !!, {yardsticks(rows, replies, tokenizer)}")
 
 
-def held_out(sft, reward):
+def held_out(sft, reward, *flags):
     """-> (PPO's models with stage 1 as actor, {set: held-out rows}, tokenizer, PPO's settings)."""
-    cfg = ppo.Config(init=sft, reward=reward, best_of_n=1)
+    cfg = parse_flags(ppo.Config, [f"--init={sft}", f"--reward={reward}", "--best_of_n=1", *flags])
     with redirect_stdout(io.StringIO()):
         models, tokenizer = ppo.load_models(cfg, *pick_device("auto", "auto"))
         sets = by_set(ppo.load_prompts(cfg, tokenizer)[1])
-    return models, sets, tokenizer, cfg
+    return models, {name: rows[:cfg.eval_prompts] for name, rows in sets.items()}, tokenizer, cfg
 
 
 def policies(sft, reward, *folders):
-    """PPO's last evaluation, for policies of any origin: one JSON line each."""
-    models, sets, tokenizer, cfg = held_out(sft, reward)
-    for folder in folders:
+    """PPO's last evaluation, for policies of any origin, by any reward model: a JSON line and a few samples
+    each. Flags are ppo.py's."""
+    flags = [x for x in folders if x.startswith("--")]
+    models, sets, tokenizer, cfg = held_out(sft, reward, *flags)
+    for folder in (x for x in folders if x not in flags):
         actor = load_model(folder, GPT, models.actor.device, models.actor.ln_f.weight.dtype)
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()) as printed:
             result, *_ = ppo.evaluate(models._replace(actor=actor), sets, tokenizer, cfg)
         shown = "right_after", "gold_after", "win_rate", "win_rate_low", "win_rate_high", "kl", "score"
-        print(json.dumps({"policy": folder, **{name: round(result[name], 4) for name in shown}}), flush=True)
+        print(json.dumps({"policy": folder, **{name: round(result[name], 4) for name in shown
+                                               if result[name] is not None}}), flush=True)
+        print("\n".join(line for line in printed.getvalue().split("\n") if line.startswith("    ")))
 
 
 def own_replies(policy, judge, out, n=4):
@@ -400,11 +404,14 @@ def best_of(sft, reward, out, most=64):
 
 
 @torch.no_grad()
-def follow(*folders, new=48, room=96, temperature=0.7):
+def follow(out, *folders, new=48, room=96, temperature=0.7):
     """Replies of each policy to the held-out instructions of data/follow: by set the share that is kept, with
     Wilson's interval, and by kind. And what training never sees: how long they are, how many differ, and
-    their loss under the first policy, nats a token: what no longer reads like language costs more there."""
+    their loss under the first policy, nats a token: what no longer reads like language costs more there.
+    Prints that; writes it with all replies to out/log.jsonl, which docs/view.py kept draws."""
     first, sets = None, by_set(load("data/follow", "prompts")[1])
+    Path(out).mkdir(parents=True, exist_ok=True)
+    log = open(Path(out) / "log.jsonl", "w", encoding="utf-8")
     for folder in folders:
         net = load_model(folder, GPT, *pick_device("auto", "auto"))
         first, tokenizer = first or net, Tokenizer(net.cfg.tokenizer)
@@ -419,13 +426,15 @@ def follow(*folders, new=48, room=96, temperature=0.7):
                 nats -= logprobs.sum().item()
             texts, tokens = [tokenizer.decode(reply) for reply in replies], sum(map(len, replies))
             share = win_rate(torch.tensor(kept).float(), torch.full((len(kept),), 0.5))
-            print(json.dumps({"policy": folder, "set": name, "kept": [round(x, 3) for x in share],
-                              "tokens": round(tokens / len(rows), 1), "different": len({*texts}),
-                              "ended": sum(r[-1] == tokenizer.end for r in replies), "replies": len(rows),
-                              "nats_under_first": round(nats / tokens, 2),
-                              "kinds": {k: round(sum(x) / len(x), 2) for k, x in kinds.items()}}), flush=True)
-        for row, text in list(zip(rows, texts))[:6]:
-            print(f"    {row['prompt'][0]['content']!r} -> {text!r}")
+            row = {"policy": folder, "set": name, "kept": [round(x, 3) for x in share],
+                   "tokens": round(tokens / len(rows), 1), "different": len({*texts}),
+                   "ended": sum(r[-1] == tokenizer.end for r in replies), "replies": len(rows),
+                   "nats_under_first": round(nats / tokens, 2),
+                   "kinds": {k: round(sum(x) / len(x), 2) for k, x in kinds.items()}}
+            print(json.dumps(row), flush=True)
+            said = [[row["prompt"][0]["content"], *reply] for row, *reply in zip(rows, texts, kept)]
+            log.write(json.dumps(row | {"said": said}) + "\n")
+    log.close()
 
 
 def main(names):

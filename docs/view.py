@@ -6,8 +6,9 @@
     python docs/view.py calibration c.png "reward model"=out/reward
     python docs/view.py overoptimisation d.png "with penalty"=out/ppo-weak "best of n"=out/best-of
     python docs/view.py memory e.png "float32"=out/dry32 "everything on the host"=out/dry-all
+    python docs/view.py kept f.png "as it comes=out/kept" "after GRPO=out/kept"
 
-The five are pictures: what it shows, the file, label=folder of each run. They need matplotlib, which nothing
+The six are pictures: what it shows, the file, label=folder of each run. They need matplotlib, which nothing
 else here does.
 """
 import json
@@ -109,6 +110,31 @@ def overoptimisation(plt, runs):
     axes[0].set_ylabel("learned score")
     axes[1].set(ylabel="gold score", xlabel="KL from stage 1, nats a reply", ylim=(0, 1))
     axes[0].legend(frameon=False)
+    return figure, axes
+
+
+def kept(plt, runs):
+    """Instructions kept, by kind, from the log of docs/bench.py follow: the first policy in it has the first
+    label, and so on; an average over the kinds, with its interval, in each panel's last row."""
+    log = read(runs[0][1])
+    sets = list(dict.fromkeys(row["set"] for row in log))
+    kinds = [list(next(row for row in log if row["set"] == name)["kinds"]) for name in sets]
+    figure, axes = plt.subplots(len(sets), 1, figsize=(7, 0.3 * sum(map(len, kinds)) + 2.8), sharex=True,
+                                height_ratios=[len(names) + 1 for names in kinds])
+    for axis, name, names in zip(axes, sets, kinds):
+        rows = [row for row in log if row["set"] == name]
+        names = sorted(names, key=lambda kind: rows[-1]["kinds"][kind])
+        axis.hlines(range(1, len(names) + 1), [min(row["kinds"][kind] for row in rows) for kind in names],
+                    [max(row["kinds"][kind] for row in rows) for kind in names], color=GREY, alpha=0.4)
+        for colour, (label, _), row in zip(COLOURS, runs, rows):
+            share, low, high = row["kept"]
+            axis.plot([row["kinds"][kind] for kind in names], range(1, len(names) + 1), "o", color=colour)
+            axis.errorbar(share, 0, xerr=[[share - low], [high - share]], fmt="D", color=colour, capsize=3,
+                          label=label)
+        axis.set_yticks(range(len(names) + 1), ["all", *names])
+        axis.set(title=f"{name}, {rows[0]['replies']} prompts", xlim=(-0.03, 1.03))
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.38, 1.08), ncols=3, fontsize=11)
+    axes[-1].set_xlabel("share of replies that keep the instruction")
     return figure, axes
 
 
@@ -319,7 +345,7 @@ def write_page(folder, watch):
 # --- the command line ---------------------------------------------------------------------------------------
 
 def draw(kind, picture, runs):
-    kinds = {f.__name__: f for f in (learning, styles, calibration, overoptimisation, memory)}
+    kinds = {f.__name__: f for f in (learning, styles, calibration, overoptimisation, kept, memory)}
     if kind not in kinds:
         raise SystemExit(f"{kind}: no such picture. Choose from {', '.join(kinds)}.")
     try:
