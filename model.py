@@ -334,15 +334,11 @@ class Scorer(GPT):
     @torch.no_grad()
     def shift(self, c):
         """Add the constant c to every score. The head has no bias (the hub's format has none), but
-        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h.
-        -> whether ln_f has a bias: RMSNorm has none, and then scores stay as they are."""
-        if not isinstance(self.ln_f, nn.LayerNorm):
-            return False
+        w . (h + c w / |w|^2) = w . h + c: so c w / |w|^2 is added to the bias of ln_f, whose output is h."""
         if isinstance(self, FSDPModule):
             self.reshard()
         w, bias = full_tensor(local_shard(self.score.weight), self.score.weight)[0].float(), self.ln_f.bias
         local_shard(bias).add_(shard_like((c * w / w.dot(w)).to(bias.dtype), bias))
-        return True
 
 
 def negative_log_likelihood(model, examples, device):
@@ -543,6 +539,8 @@ def load_model(folder, cls=GPT, device="cpu", dtype=torch.float32, head_seed=Non
     wrong = sorted({name for name, _ in wanted ^ found})
     require(not wrong, f"{folder}: keys missing, unexpected or of another shape than config.json says: "
             f"{', '.join(wrong[:5])}.")
+    broken = [name for name, t in tensors.items() if not t.isfinite().all()]
+    require(not broken, f"{folder}: {', '.join(broken[:5])}: holds nan or infinity. Fetch or train it anew.")
     model.load_state_dict(tensors)
     return model.to(device, dtype)
 

@@ -237,6 +237,9 @@ def rollout(step, rows, models, tokenizer, cfg, kl_coef):
     each (B, R)."""
     batch = respond(rows, models, tokenizer, cfg, rng(cfg.seed, "rollout", step))
     scores = batch["scores"].clamp(-cfg.score_clip, cfg.score_clip)
+    largest = scores.abs().max().item()
+    require(largest < 1e6, f"--reward={cfg.reward} scores a reply {largest:g}, of which no critic can learn. "
+            f"Lower --score_clip={cfg.score_clip:g}, or train the reward model with a lower --lr.")
     batch["scores"] = penalize_unended(scores, batch["ended"], cfg.missing_eos_penalty)
     batch["rewards"] = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"],
                                      kl_coef)
@@ -355,11 +358,12 @@ def update(step, batch, models, optimizers, lr, demonstrations, cfg):
 
 
 def update_kl_coef(kl_coef, kl, cfg):
-    """The proportional controller of Ziegler et al. 2019, section 2.2: error clipped to +-0.2."""
+    """The proportional controller of Ziegler et al. 2019, section 2.2: error clipped to +-0.2. (Theirs could
+    turn negative where a rollout has more replies than the horizon, and would pay for distance.)"""
     if cfg.kl_target <= 0:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * cfg.batch / cfg.kl_horizon)
+    return kl_coef * (1 + error * min(1, cfg.batch / cfg.kl_horizon))
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -505,7 +509,7 @@ def main(cfg):
             for warning in evaluation.health_warnings(log, dtype):
                 tqdm.write(f"    warning: {warning}")
                 run.log(warning=warning)
-            if step == run.start or run.due("eval"):
+            if step == 0 or run.due("eval"):
                 tables = evaluation.show_rollout(batch, tokenizer, cfg.trace)
                 run.log(rollouts=tables, flags=run.cfg, machine=machine(device))
             if run.due("save"):

@@ -204,7 +204,7 @@ def main(cfg):
     run = Run(cfg, device)
     if run.state:
         optimizer.load_state_dict(run.state["optimizer"])
-    right = pairs = 0  # since the last report
+    right, pairs = run.state["since_report"] if run.state else (0, 0)
     with run:
         for step in run.steps("reward"):
             batch = [train[i]["ids"] for i in batch_at(step, lengths, cfg.batch, cfg.seed)]
@@ -222,7 +222,7 @@ def main(cfg):
                 margin = evaluate_margins(model, val, cfg, reference)
                 run.report_evaluation(val_accuracy=(margin > 0).float().mean().item())
             if run.due("save"):
-                run.save(*exported(model), optimizer=optimizer)
+                run.save(*exported(model), optimizer=optimizer, since_report=(right, pairs))
 
     summary = {"val_accuracy": None, "ceiling": None}
     if val:
@@ -233,12 +233,12 @@ def main(cfg):
         prompts = prepare.load(cfg.data, "prompts", optional=True)[1]
         summary |= measure_sets(prompts, partial(answer_prompts, model, tokenizer, cfg), tokenizer)
         return run.finish(**summary)
-    offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
-    if offset is not None and model.shift(-offset):
-        run.save_model(*exported(model))
-        print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
-    elif offset is not None:
-        print(f"stage 1's replies average {offset:+.3f} (RMSNorm has no bias, with which to make it 0)")
+    if hasattr(model.ln_f, "bias"):  # RMSNorm has none that a shift() could go to
+        offset = mean_sft_score(model, cfg, tokenizer, device, dtype)
+        if offset is not None:
+            model.shift(-offset)
+            run.save_model(*exported(model))
+            print(f"scores shifted by {-offset:+.3f}: stage 1's replies now average 0")
     return run.finish(**summary)
 
 

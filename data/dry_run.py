@@ -159,7 +159,10 @@ def run_dry(cfg, iteration):
     result = count.report()
     if cfg.dtype == "auto":
         print("--dtype=auto: weights are counted in bfloat16; for a processor without it use --dtype=float32")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.out) / "log.jsonl", "a") as f:  # an earlier run's log stays
-        print(json.dumps(result), file=f)
+    path = Path(cfg.out) / "log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_text().startswith('{"dry_run"'):
+        print(f"{path} is a run's and stays as it is; another --out logs this dry run")
+    else:
+        path.write_text(json.dumps(result) + "\n")
     return result

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data import layouts
 from data.bpe import read_json
 from data.layouts import MODELS, SCRATCH
+from data.prepare import lock_folder
 from data.tokenizer import VOCAB_SIZE, Tokenizer, tokenizer_files
 
 
@@ -131,13 +132,20 @@ def read(folder):
     return config, tensors
 
 
+CONVERT = {"ckpt*.pt": "nanoGPT's: docs/reference.md, Your own data, turns it into such a folder",
+           "*.bin": "llm.c's, whose dev/eval/export_hf.py --input FILE --output FOLDER makes such a folder"}
+
+
 def read_config(folder):
     """-> config alone: no weight is read."""
     folder = Path(folder)
     files = weight_files(folder)
     if not (folder / "config.json").exists() or not files:
         script = {"out/sft": "sft.py", "out/reward": "reward.py", "out/ppo": "ppo.py"}.get(str(folder))
+        foreign = [f"{path.name} may be {whose}." for pattern, whose in CONVERT.items() if not files
+                   for path in (folder, *folder.glob("*")) if path.is_file() and path.match(pattern)]
         remedy = (f'Run "python {script}" first.' if script else
+                  foreign[0] if foreign else
                   "It should hold config.json and model.safetensors." if folder.is_dir() else
                   f"It is no folder, and no name: {', '.join(MODELS)}.")
         raise SystemExit(f"{folder}: no checkpoint here. {remedy}")
@@ -195,14 +203,16 @@ def check_vocabulary(folder, tokenizer, rows):
 
 def weight_files(folder):
     """-> the files that are to be read: one, the shards, or none."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists() or (folder / "model.safetensors").exists():
-        return [folder / name for name in ("model.safetensors", "pytorch_model.bin")
-                if (folder / name).exists()][:1]
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise SystemExit(f"{index}: no weight_map from keys to files.")
-    return [folder / Path(file).name for file in sorted(set(files.values()))]
+    for name in "model.safetensors", "pytorch_model.bin":
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise SystemExit(f"{index}: no weight_map from keys to files.")
+            return [folder / Path(file).name for file in sorted(set(files.values()))]
+    return []
 
 
 def weight_bytes(path):
@@ -219,16 +229,17 @@ def weight_bytes(path):
 
 def read_tensors(folder):
     """-> {name: tensor} as stored."""
-    files = weight_files(folder)
-    if files[0].suffix == ".safetensors":
-        return {name: t for file in files for name, t in read_safetensors(file).items()}
+    return {name: t for file in weight_files(folder) for name, t in (
+        read_safetensors if file.suffix == ".safetensors" else read_pickle)(file).items()}
+
+
+def read_pickle(path):
     try:
-        stored = torch.load(files[0], weights_only=True, map_location="cpu")
+        stored = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle's are many
-        raise SystemExit(f"{files[0]}: not readable without running its code "
-                         f"({type(error).__name__}).") from None
+        raise SystemExit(f"{path}: not readable without running its code ({type(error).__name__}).") from None
     if not isinstance(stored, dict) or not all(isinstance(t, torch.Tensor) for t in stored.values()):
-        raise SystemExit(f"{files[0]}: not a state_dict(), names with a tensor each.")
+        raise SystemExit(f"{path}: not a state_dict(), names with a tensor each.")
     return stored
 
 
@@ -266,16 +277,20 @@ def hub_folder(name):
 
     def get(file, otherwise=None):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             download(f"{endpoint}/{repo}/resolve/main/{file}", folder / file)
         except OSError as error:
             if otherwise and isinstance(error, FileNotFoundError):
                 return get(otherwise)
             refuse(f"{folder / file}: {error}")
-    get("model.safetensors", otherwise="model.safetensors.index.json")
-    shards = [file.name for file in weight_files(folder) if not file.exists()]
-    for file in (*shards, *small):  # config.json last: with it the folder is whole
-        get(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"{folder}: {error}")
+    with lock_folder(folder, f"{name}: "):
+        get("model.safetensors", otherwise="model.safetensors.index.json")
+        shards = [file.name for file in weight_files(folder) if not file.exists()]
+        for file in (*shards, *small):  # config.json last: with it the folder is whole
+            get(file)
     return folder
 
 

@@ -27,13 +27,13 @@ import sqlite3
 import sys
 import zlib
 from collections import Counter
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 KINDS = "sft", "preferences", "prompts"
 FORMATS = """Known formats: chosen/rejected (strings or message lists), instruction/output,
 instruction/response, prompt/completion, prompt/response, question/answer, messages, conversations,
-output_1/output_2/preference, text."""
+output_1/output_2/preference, text, and a prompt alone."""
 QUESTIONS, REPLIES = ("instruction", "prompt", "question"), ("output", "response", "completion", "answer")
 
 
@@ -41,54 +41,161 @@ class Unusable(ValueError):
     """A row that nothing can be learned from; the message is the reason that gets counted."""
 
 
-class Record(dict):
-    """A row without its nulls, which mean the same as no column. It knows which columns were used."""
-    def __init__(self, row):
-        super().__init__((name, value) for name, value in row.items() if value is not None)
-        self.used = set()
-
-    def __getitem__(self, name):
-        self.used.add(name)
-        return super().__getitem__(name)
-
-
-# --- messages -----------------------------------------------------------------------------------------------
+# --- columns: what a row, a turn and a part of a turn may hold ----------------------------------------------
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant", "developer": "system"}
 
 
-def as_text(value, name):
+def text(value, name, family):
     """A string, or OpenAI's list of parts, [{"type": "text", "text": ...}, ...], joined."""
     if value and isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        value = "".join(as_text(part.get("text"), f"a part of {name}") for part in value)
+        parts = [Record(part, "part", family) for part in value]
+        kinds = {part.first("type") for part in parts} - {None, "text", "input_text", "output_text"}
+        if kinds or not all("text" in part for part in parts):
+            raise Unusable(f"a part of {name} is not text")
+        value = "".join(part["text"] for part in parts)
     if not isinstance(value, str):
         raise Unusable(f"{name} is not text")
     return value
 
 
-def as_messages(turns):
-    """OpenAI's or ShareGPT's turns -> our messages. A dialogue may begin with a system message; the text of a
-    later one goes before the next user's."""
-    out, system = [], ""
-    for turn in turns:
+def turns(value, name, family):
+    """OpenAI's or ShareGPT's turns -> messages. OpenAI's "weight": 0, others' "train" or "loss": false stay,
+    as "weight": 0: that turn is read, not learned."""
+    if not isinstance(value, list):
+        raise Unusable(f"{name} is not a list")
+    out = []
+    for turn in value:
         if not isinstance(turn, dict):
             raise Unusable("a turn is not an object")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if content is None or not isinstance(role, str):
+        turn = Record(turn, "turn", family)
+        message = {"role": turn.first("role", "from"), "content": turn.first("content", "value")}
+        if None in message.values():
             raise Unusable("a turn without role or text")
-        content = as_text(content, "a turn's content")
-        role = ROLES.get(role.lower(), role.lower())
-        if role == "system" and (not out or out[-1]["role"] == "system"):
+        learned = all([turn[name] for name in ("weight", "train", "loss") if name in turn])
+        out.append(message if learned or message["role"] != "assistant" else message | {"weight": 0})
+    return out
+
+
+def role(value, name, family):
+    known = ROLES.get(str(value).lower(), str(value).lower())
+    if known not in ("system", "user", "assistant"):
+        raise Unusable(f"unknown role {str(value)[:30]!r}")
+    return known
+
+
+def said(value, name, family):
+    """A dialogue -> messages; or text."""
+    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, list) and all(isinstance(turn, dict) and "type" not in turn for turn in value):
+        return turns(value, name, family)
+    return text(value, name, family)
+
+
+def question(value, name, family):
+    value = said(value, name, family)
+    if isinstance(value, str):
+        return hh_messages(value.removesuffix("\n\nAssistant:")) or [{"role": "user", "content": value}]
+    return value
+
+
+def reply(value, name, family):
+    value = said(value, name, family)
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def replies(value, name, family):
+    """One reply or a list of strings, of which each is one -> [text or messages, ...]."""
+    several = value and isinstance(value, list) and all(isinstance(x, str) for x in value)
+    return [said(x, name, family) for x in (value if several else [value])]
+
+
+def history(value, name, family):
+    """Turns, or Alpaca's pairs of question and reply."""
+    if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        value = [{"role": who, "content": words}
+                 for pair in value for who, words in zip(("user", "assistant"), pair)]
+    return turns(value, name, family)
+
+
+def flag(value, name, family):
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if str(value).lower() not in known:
+        raise Unusable(f"{name} is {str(value)[:30]!r}, neither true nor false")
+    return known[str(value).lower()]
+
+
+def first_or_second(value, name, family):
+    if value not in (1, 2, "1", "2"):
+        raise Unusable("no clear preference")
+    return int(value)
+
+
+def share(value, name, family):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise Unusable(f"{name} is {str(value)[:30]!r}, not a number from 0 to 1")
+    return value
+
+
+def pattern(value, name, family):
+    try:
+        re.compile(value)
+    except Exception as error:  # re has many: OverflowError, RecursionError, ...
+        raise Unusable(f"{name} is not a regular expression ({type(error).__name__}: {error})") from None
+    return value
+
+
+FIELDS = {level: {name: read for names, read in fields.items() for name in names.split()}
+          for level, fields in {
+    "row": {"messages conversations": turns, "instruction prompt question": question,
+            "output response completion answer": reply, "chosen rejected": replies, "history": history,
+            "system system_prompt input context output_1 output_2 text skill set": text,
+            "preference": first_or_second, "agreement": share, "right check": pattern,
+            "label begins ends": flag},
+    "turn": {"role from": role, "content value": text, "weight train loss": flag},
+    "part": {"type text": text}}.items()}
+
+
+class Record(dict):
+    """A row, a turn or a part, without its nulls, which mean the same as no column. record[name] is what
+    FIELDS reads there. `family` collects a row's Records: what nobody asked them for is named in the end."""
+    def __init__(self, row, level="row", family=None):
+        super().__init__((name, value) for name, value in row.items() if value is not None)
+        self.level, self.used, self.family = level, set(), [] if family is None else family
+        self.family.append(self)
+
+    def __getitem__(self, name):
+        self.used.add(name)
+        return FIELDS[self.level][name](super().__getitem__(name), name, self.family)
+
+    def first(self, *names):
+        """The first of these columns that is there, or None."""
+        return next((self[name] for name in names if name in self), None)
+
+    def unused(self):
+        return {name if record is self else f"{name} of a {record.level}"
+                for record in self.family for name in record.keys() - record.used}
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+def join_systems(messages):
+    """A dialogue may begin with one system message, which those after it join unless they say the same; the
+    text of a later one goes before the next user's."""
+    out, system = [], ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system" and out and out[-1] == message:
+            continue
+        elif role == "system" and (not out or out[-1]["role"] == "system"):
             before = f"{out[0]['content']}\n\n" if out else ""
             out = [{"role": "system", "content": before + content}]
         elif role == "system":
             system += content + "\n\n"
-        elif role in ("user", "assistant"):
-            out.append({"role": role, "content": (system if role == "user" else "") + content})
-            system = "" if role == "user" else system
         else:
-            raise Unusable(f"unknown role {role[:30]!r}")
+            out.append(message | {"content": (system if role == "user" else "") + content})
+            system = "" if role == "user" else system
     if system:
         raise Unusable("a system message that no user's follows")
     return out
@@ -101,78 +208,61 @@ def check_turns(messages, last):
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
         raise Unusable("turns do not alternate from user to assistant")
     if roles[-1] != last:
-        raise Unusable(f"the last turn is not the {last}'s")
+        raise Unusable(f"the last turn is not the {last}'s" + " (a column \"prompt\" alone is a prompt)" * (
+            last == "assistant"))
     if last == "assistant" and not messages[-1]["content"].strip():
         raise Unusable("empty reply")
+    if any(message["content"].startswith("\n\nHuman:") for message in messages):
+        raise Unusable("a whole dialogue where one turn belongs")
     return messages
 
 
 def hh_messages(dialogue):
-    """Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..." -> messages."""
+    """Anthropic's "\\n\\nHuman: ...\\n\\nAssistant: ..." -> messages; of other text none."""
     parts = re.split(r"\n\n(Human|Assistant):", dialogue)
-    if parts[0].strip():
-        raise Unusable("a dialogue that does not begin with Human:")
-    return [{"role": "user" if who == "Human" else "assistant", "content": text.strip()}
-            for who, text in zip(parts[1::2], parts[2::2])]
-
-
-def system_of(r):
-    return [{"role": "system", "content": as_text(r[name], name)}
-            for name in ("system", "system_prompt") if r.get(name, "") != ""]
+    return [] if parts[0].strip() else [
+        {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+        for who, text in zip(parts[1::2], parts[2::2])]
 
 
 def opening(r):
     """All that comes before the reply: system text, history, question and context, in any layout."""
-    history = r["history"] if "history" in r else []
-    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        history = [{"role": role, "content": said}  # Alpaca's pairs of question and reply
-                   for turn in history for role, said in zip(("user", "assistant"), turn)]
-    name = next((name for name in QUESTIONS if name in r), None)
-    if name is None:
+    asked = r.first(*QUESTIONS)
+    if asked is None:
         return []
-    question = r[name]
-    if not isinstance(question, list):
-        question = as_text(question, name)
-        question = hh_messages(question.removesuffix("\n\nAssistant:")) if question.startswith(
-            "\n\nHuman:") else [{"role": "user", "content": question}]
-    messages = as_messages([*system_of(r), *history, *question])
-    context = [as_text(r[name], name) for name in ("input", "context") if name in r]  # Alpaca's, Dolly's
+    messages = join_systems([*system_of(r), *(r.first("history") or []), *asked])
+    context = [r[name] for name in ("input", "context") if name in r]  # Alpaca's, Dolly's
     if messages:
         messages[-1]["content"] = "\n\n".join(filter(None, (messages[-1]["content"], *context)))
     return messages
 
 
+def system_of(r):
+    return [{"role": "system", "content": r[name]} for name in ("system", "system_prompt")
+            if r.first(name)]
+
+
 def notes(r, *names):
-    """Those of our own columns that the row has, each checked."""
-    found = {name: r[name] for name in names if name in r}
-    for name in ("skill", "set"):
-        if not isinstance(found.get(name, ""), str):
-            raise Unusable(f"{name} is not text")
-    agreement = found.get("agreement", 0)
-    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 <= agreement <= 1:
-        raise Unusable(f"agreement is {str(agreement)[:30]!r}, not a number from 0 to 1")
-    for name in ("right", "check"):
-        try:
-            re.compile(found.get(name, ""))
-        except Exception as error:  # re has many: OverflowError, RecursionError, ...
-            raise Unusable(f"{name} is not a regular expression ({type(error).__name__}: {error})") from None
-    return found
+    """Those of our own columns that the row has."""
+    return {name: r[name] for name in names if name in r}
 
 
-# --- formats: a record -> [(kind, row), ...] ----------------------------------------------------------------
+# --- formats: a Record -> [(kind, row), ...] ----------------------------------------------------------------
 
 def demonstration(r, messages):
     check_turns(messages, "assistant")
-    if "label" in r and r["label"] in (False, "false", "False"):
+    if r.first("label") is False:
         raise Unusable("label is false: not a reply to imitate")
+    if all("weight" in message for message in messages if message["role"] == "assistant"):
+        raise Unusable("every reply has weight 0: nothing to learn")
     asked = {"prompt": messages[:-1], **notes(r, "right", "check")}
     return [("sft", {"messages": messages, **notes(r, "skill")}), ("prompts", asked)]
 
 
 def preference(prompt, chosen, rejected, **extra):
     check_turns(prompt, "user")
-    if not chosen.strip() or not rejected.strip():
-        raise Unusable("empty reply")
+    for text in chosen, rejected:
+        check_turns([*prompt, {"role": "assistant", "content": text}], "assistant")
     if chosen == rejected:
         raise Unusable("both replies are equal")
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extra}
@@ -180,17 +270,19 @@ def preference(prompt, chosen, rejected, **extra):
     return [("preferences", row), ("sft", {"messages": good}), ("prompts", {"prompt": prompt})]
 
 
-def convert_preference(r):
+def convert_pair(r, chosen, rejected):
     """Two replies, or two whole dialogues that share everything but the last reply."""
-    chosen, rejected = r["chosen"], r["rejected"]
     extra, asked = notes(r, "agreement", "skill"), opening(r)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if asked:
+        dialogues = [hh_messages(x) for x in (chosen, rejected)]
+        if asked and not all(dialogues):
             return preference(asked, chosen, rejected, **extra)
-        chosen, rejected = hh_messages(chosen), hh_messages(rejected)
+        if not all(dialogues):
+            raise Unusable("chosen and rejected without a prompt: a dialogue begins with Human:")
+        chosen, rejected = dialogues
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise Unusable("chosen and rejected are neither strings nor message lists")
-    chosen, rejected = as_messages(chosen), as_messages(rejected)
+    chosen, rejected = join_systems(chosen), join_systems(rejected)
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("the prompts of chosen and rejected differ")
     before = chosen[:-1]
@@ -199,19 +291,26 @@ def convert_preference(r):
     elif len(asked) >= len(before) and asked[-1]["content"].endswith(before[-1]["content"]):
         before = asked  # the lists repeat the prompt, which may have a system text, too
     else:
-        before = as_messages([*system_of(r), *before])
+        before = join_systems([*system_of(r), *before])
+        if not asked or asked[-1]["content"].strip() not in [turn["content"].strip() for turn in before]:
+            r.used -= {*QUESTIONS}  # another one
     check_turns(before + chosen[-1:], "assistant")
     check_turns(before + rejected[-1:], "assistant")
     return preference(before, chosen[-1]["content"], rejected[-1]["content"], **extra)
 
 
+def convert_preference(r):
+    rows = []
+    for chosen, rejected in product(r["chosen"], r["rejected"]):
+        rows += [row for row in convert_pair(r, chosen, rejected) if row not in rows]
+    return rows
+
+
 def convert_ranked(r):
     """output_1, output_2 and which of them is preferred: 1 or 2."""
-    if r["preference"] not in (1, 2, "1", "2"):
-        raise Unusable("no clear preference")
-    pair = [as_text(r[name], name) for name in ("output_1", "output_2")]
-    first = int(r["preference"]) - 1
-    return preference(opening(r), pair[first], pair[1 - first], **notes(r, "agreement", "skill"))
+    pair = r["output_1"], r["output_2"]
+    pair = pair if r["preference"] == 1 else pair[::-1]
+    return preference(opening(r), *pair, **notes(r, "agreement", "skill"))
 
 
 def convert_prompt(r):
@@ -227,26 +326,18 @@ def convert(r):
     if has("output_1", "output_2", "preference"):
         return convert_ranked(r)
     if has("messages") or has("conversations"):
-        turns = r["messages" if "messages" in r else "conversations"]
-        if not isinstance(turns, list):
-            raise Unusable("messages is not a list")
-        return demonstration(r, as_messages([*system_of(r), *turns]))
-    reply = next((name for name in REPLIES if name in r), None)
-    if reply and any(name in r for name in QUESTIONS):
-        said = r[reply]
-        turns = isinstance(said, list) and all(isinstance(turn, dict) and "type" not in turn for turn in said)
-        said = as_messages(said) if turns else [{"role": "assistant", "content": as_text(said, reply)}]
-        return demonstration(r, opening(r) + said)
-    if has("prompt"):
+        return demonstration(r, join_systems([*system_of(r), *r.first("messages", "conversations")]))
+    if any(map(has, QUESTIONS)):
+        if any(map(has, REPLIES)):
+            return demonstration(r, opening(r) + r.first(*REPLIES))
         return convert_prompt(r)
     if has("text"):
         if has("role") or has("message_id") or has("parent_id"):
             raise Unusable("one message of a tree or dialogue. Join each dialogue into one row of messages")
-        text = as_text(r["text"], "text")
-        if not text.strip():
+        if not r["text"].strip():
             raise Unusable("empty text")
-        return [("sft", {"text": text, **{side: False for side in ("begins", "ends")
-                                          if side in r and r[side] is False}})]
+        return [("sft", {"text": r["text"], **{side: False for side in ("begins", "ends")
+                                               if r.first(side) is False}})]
     raise Unusable(f"no known format in keys {', '.join(sorted(map(str, r)))[:100]}")
 
 
@@ -324,7 +415,7 @@ def from_json(data):
 
 def records(path):
     """-> (line number, record); a record that cannot be read is an Unusable."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind == ".txt":
         yield from text_chunks(path)
         return
@@ -352,7 +443,7 @@ def records(path):
 
 def read(path, on_error):
     """-> (kind, row) of every usable record of a file; on_error(line, reason) hears of the others."""
-    unused = set()
+    unused = Counter()
     try:
         for number, record in records(path):
             try:
@@ -370,11 +461,12 @@ def read(path, on_error):
                 on_error(number, f"cannot be converted ({type(error).__name__}: {str(error)[:100]})")
             else:
                 if len(unused) < 50:
-                    unused |= record.keys() - record.used
+                    unused.update(record.unused())
                 yield from rows
     finally:
         if unused:
-            print(f"{path}: columns not used: {', '.join(sorted(unused))[:300]}")
+            shown = ", ".join(f"{name} ({n:,})" for name, n in sorted(unused.items()))
+            print(f"{path}: columns not used, in so many rows: {shown[:300]}")
 
 
 def stop_at(path):
@@ -435,30 +527,65 @@ def by_set(rows):
 
 # --- the converter ------------------------------------------------------------------------------------------
 
+def lock_folder(out, flag="--out="):
+    """Make the folder and keep other processes' runs out of it until the returned file is closed; the system
+    closes it when a process dies."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        file = open(Path(out) / ".lock", "w")
+    except OSError as error:
+        raise SystemExit(f"{flag}{out}: no folder that can be written to ({error.strerror}). Choose "
+                         "another.") from None
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{flag}{out}: another process is writing there. Wait for it, or choose another "
+                         "folder.") from None
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
+    return file
+
+
 class Writer:
-    """The output files, under temporary names until all is well."""
+    """The output files, under temporary names until all is well; one writer in a folder at a time."""
     def __init__(self, out):
-        self.out, self.files = out, {}
-        self.counts, self.seen = Counter(), sqlite3.connect("")  # on disk: memory stays flat
-        self.seen.execute("create table prompts (digest integer primary key)")
+        self.out, self.lock = out, lock_folder(out)
+        self.files, self.counts = {}, Counter()
         self.paths = {(kind, val): out / f"{kind}{('', '.val')[val]}.jsonl"
                       for kind in KINDS for val in (0, 1)}
+        self.prompts = sqlite3.connect("")  # on disk: memory stays flat
+        self.prompts.execute("create table prompts (digest integer unique, row text, val integer)")
 
     def open(self):
-        self.out.mkdir(parents=True, exist_ok=True)
         for key, path in self.paths.items():
             self.files[key] = open(f"{path}.tmp", "w", encoding="utf-8")
 
     def add(self, kind, row, val):
-        if kind == "prompts":  # each once; eight bytes of a hash are enough to remember it by
-            digest = hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=8).digest()
-            new = "insert or ignore into prompts values (?)", (int.from_bytes(digest, "big", signed=True),)
-            if not self.seen.execute(*new).rowcount:
-                return
+        """-> what is lost, in words, or None."""
+        if kind == "prompts":
+            return self.add_prompt(row, val)
         self.files[kind, val].write(json.dumps(row, ensure_ascii=False) + "\n")
         self.counts[kind, val] += 1
 
+    def add_prompt(self, row, val):
+        """Each once, by eight bytes of a hash; what a later one knows besides ("check") joins the first."""
+        digest = hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "big", signed=True)
+        was = self.prompts.execute("select row from prompts where digest = ?", (key,)).fetchone()
+        first = json.loads(was[0]) if was else {}
+        joined = json.dumps(row | first, ensure_ascii=False)
+        if not was:
+            self.prompts.execute("insert into prompts values (?, ?, ?)", (key, joined, val))
+            self.counts["prompts", val] += 1
+        elif joined != was[0]:
+            self.prompts.execute("update prompts set row = ? where digest = ?", (joined, key))
+        if any(first.get(name, value) != value for name, value in row.items()):
+            return "a prompt that came before with other notes: the first ones stay"
+
     def finish(self):
+        for row, val in self.prompts.execute("select row, val from prompts order by rowid"):
+            self.files["prompts", val].write(row + "\n")
         for file in self.files.values():
             file.close()  # the disk may be full: all are closed before the first is put in place
         for (kind, val), path in self.paths.items():
@@ -469,7 +596,8 @@ class Writer:
 
     def clear(self):
         """Whatever happened, no temporary file stays."""
-        self.seen.close()
+        self.prompts.close()
+        self.lock.close()
         for key, file in self.files.items():
             with contextlib.suppress(OSError):
                 file.close()
@@ -519,7 +647,8 @@ def main(files, out, limit=0, val_fraction=0.1, max_tokens=0, strict=False):
                 if tokens and tokens(row) > max_tokens:
                     too_long[f"{kind} of more than {max_tokens} tokens"] += 1
                     continue
-                writer.add(kind, row, is_held_out(row, val_fraction))
+                if lost := writer.add(kind, row, is_held_out(row, val_fraction)):
+                    dropped[lost] += 1
         if not writer.counts:
             raise SystemExit(f"{', '.join(map(str, files))}: not one usable row. {FORMATS}")
         writer.finish()

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from data import hub
+from data.prepare import lock_folder
 from memory import QUIET, RANK, WORLD, all_reduce_sum
 
 
@@ -35,8 +36,9 @@ def parse_flags(cls, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(cls):
         kind = {"const": True, "nargs": "?", "type": to_bool} if f.type is bool else {"type": f.type}
+        words = "; ".join(filter(None, (comments.get(f.name), f.name in RANGES and in_words(f.name))))
         parser.add_argument("--" + f.name, default=f.default, metavar=f.type.__name__,
-                            help=f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%"), **kind)
+                            help=f"{words} [{f.default}]".replace("%", "%%"), **kind)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
@@ -58,21 +60,35 @@ def require(condition, message):
         raise SystemExit(message)
 
 
-RULES = [  # flags, what their values have to pass, and the same in words
-    ("block_size", lambda x: x >= 2, "at least 2"),
-    ("steps batch minibatch epochs kl_horizon n_layer n_head n_embd log_every eval_every save_every "
-     "best_of_n eval_prompts", lambda x: x >= 1, "at least 1"),
-    ("microbatch warmup weight_decay grad_clip seed lora_rank kl_coef kl_target value_coef ptx_coef "
-     "missing_eos_penalty target_kl max_new_tokens temperature top_k", lambda x: x >= 0, "at least 0"),
-    ("score_clip clip value_clip", lambda x: x > 0, "above 0"),
-    ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
-    ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
-    ("lr", lambda x: 0 < x < 1, "between 0 and 1, often about 1e-4"),
-    ("tokenizer", lambda x: x in hub.VOCAB_SIZE, "unknown. Choose tiny or gpt2"),
-    ("offload", lambda x: x in ("none", "optimizer", "all"), "none, optimizer or all"),
-    ("dtype", lambda x: x in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-]
+RANGES = {  # a bracket's end is allowed, a parenthesis' is not
+    "steps batch minibatch epochs kl_horizon best_of_n eval_prompts log_every eval_every save_every":
+        "[1, inf)",
+    "microbatch warmup weight_decay grad_clip seed lora_rank kl_coef kl_target value_coef ptx_coef group "
+    "missing_eos_penalty target_kl top_k temperature": "[0, inf)",
+    "n_layer n_head": "[1, 1000]", "n_embd": "[1, 100000]", "block_size": "[2, 1000000]",
+    "max_new_tokens": "[0, 1000000]", "score_clip clip value_clip beta": "(0, inf)", "gamma lam": "[0, 1]",
+    "top_p": "(0, 1]", "lr": "(0, 1)"}
+RANGES = {name: interval for names, interval in RANGES.items() for name in names.split()}
+CHOICES = {"tokenizer": ("tiny", "gpt2"), "offload": ("none", "optimizer", "all"),
+           "dtype": ("auto", "float32", "bfloat16")}
 DIVISIONS = [("n_embd", "n_head"), ("batch", "minibatch")]  # the first has to be a multiple of the second
+
+
+def in_range(x, interval):
+    low, high = map(float, interval[1:-1].split(", "))
+    return low <= x <= high and (x > low or interval[0] == "[") and (x < high or interval[-1] == "]")
+
+
+def in_words(name):
+    """What a flag's value may be; "" where that is not known."""
+    if name in CHOICES:
+        return f"{', '.join(CHOICES[name][:-1])} or {CHOICES[name][-1]}"
+    if name not in RANGES:
+        return ""
+    low, high = RANGES[name][1:-1].split(", ")
+    lower = f"{'at least' if RANGES[name][0] == '[' else 'above'} {low}"
+    upper = f", {'at most' if RANGES[name][-1] == ']' else 'below'} {high}"
+    return lower + upper * (high != "inf")
 
 
 def check_flags(cfg):
@@ -81,9 +97,8 @@ def check_flags(cfg):
     for name, value in flags.items():
         finite = not isinstance(value, float) or math.isfinite(value)
         require(finite, f"--{name}={value}: not a finite number.")
-    for names, passes, words in RULES:
-        for name in filter(flags.__contains__, names.split()):
-            require(passes(flags[name]), f"--{name}={flags[name]}: {words}.")
+        require(name not in RANGES or in_range(value, RANGES[name]), f"--{name}={value}: {in_words(name)}.")
+        require(value in CHOICES.get(name, (value,)), f"--{name}={value}: unknown. Choose {in_words(name)}.")
     for whole, part in DIVISIONS:
         if flags.keys() >= {whole, part} and flags[part]:
             require(flags[whole] % flags[part] == 0,
@@ -117,8 +132,10 @@ def check_ppo_flags(cfg):
 
 
 def linear_lr(step, cfg):
-    """The learning rate of step `step`: a line up to lr within `warmup` steps, then a line down to 0."""
-    return cfg.lr * min((step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.steps - cfg.warmup))
+    """The learning rate of step `step`: a line up to lr within `warmup` steps, at most half of them all, then
+    a line down to 0."""
+    warmup = min(cfg.warmup, cfg.steps // 2)
+    return cfg.lr * min((step + 1) / max(1, warmup), (cfg.steps - step) / max(1, cfg.steps - warmup))
 
 
 # --- device -------------------------------------------------------------------------------------------------
@@ -206,29 +223,14 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def rate(amount, seconds):
+    """Amount a second; a clock may stand still between two steps."""
+    return amount / max(seconds, 1e-9)
+
+
 # --- log, checkpoint, resume --------------------------------------------------------------------------------
 
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "trace"}  # no number depends on these flags
-
-
-def lock_folder(out):
-    """Make the folder and keep other processes' runs out of it until the returned file is closed; the system
-    closes it when a process dies."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / ".lock", "w")
-    except OSError as error:
-        raise SystemExit(f"--out={out}: no folder that can be written to ({error.strerror}). Choose "
-                         "another.") from None
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"--out={out}: another process is writing there. Wait for it, or choose another "
-                         "folder.") from None
-    except (ImportError, OSError):  # Windows; a file system without locks
-        pass
-    return file
 
 
 def input_digests(flags):
@@ -285,7 +287,8 @@ class Run:
         return run.finish(val_loss=val_loss)
     """
     def __init__(self, cfg, device=torch.device("cpu")):
-        self.cfg, self.device, self.out = dataclasses.asdict(cfg), device, Path(cfg.out)
+        self.cfg = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "resume"}
+        self.device, self.out = device, Path(cfg.out)
         self.lock = None if RANK else lock_folder(self.out)
         self.inputs = {} if RANK else input_digests(self.cfg)
         self.state, self.start, self.lines = None, 0, []
@@ -298,7 +301,7 @@ class Run:
         elif cfg.resume:
             print(f"nothing to resume in {self.out}: starting at step 0")
         self.done = self.start  # steps
-        self.clock, self.tokens, self.busy = time.time(), 0, 0.0  # of the steps since the last report
+        self.clock, self.tokens, self.busy = time.perf_counter(), 0, 0.0  # of the steps since the last report
         self.log_path = self.out / ("log.jsonl.new" if path.exists() and not self.state else "log.jsonl")
         if not RANK:
             hub.write_file(self.log_path, lambda path: path.write_text("".join(self.lines)))
@@ -324,7 +327,7 @@ class Run:
         """The steps that are left, counted from 0, with a progress bar in a terminal."""
         total = self.cfg["steps"]
         for step in tqdm(range(self.start, total), name, initial=self.start, total=total, disable=QUIET):
-            self.began = time.time()
+            self.began = time.perf_counter()
             yield step
 
     def end_step(self, tokens, **numbers):
@@ -335,7 +338,7 @@ class Run:
             require(math.isfinite(value), f"step {self.done}: {name} is {value}. Lower --lr or raise "
                                           f"--warmup. {self.out} keeps the last good checkpoint.")
         self.tokens += tokens
-        self.busy += time.time() - self.began
+        self.busy += time.perf_counter() - self.began
 
     def due(self, what):
         """Is it time to "log", "eval" or "save"? The last step is always logged and saved; a Ctrl-C in any
@@ -347,7 +350,7 @@ class Run:
 
     def report(self, line, **numbers):
         """Print the line and log the numbers, with the speed of the steps since the last report."""
-        numbers |= {"tokens_per_s": self.tokens / max(self.busy, 1e-9), "seconds": time.time() - self.clock,
+        numbers |= {"tokens_per_s": rate(self.tokens, self.busy), "seconds": time.perf_counter() - self.clock,
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
         tqdm.write(f"step {self.done:5}/{self.cfg['steps']} | {line} | "
@@ -390,7 +393,7 @@ class Run:
     def finish(self, **summary):
         """Print the summary, make it the log's last line and return it. (Under torchrun: exit.)"""
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-        print(f"{self.out}: {shown} | {time.time() - self.clock:.0f} s")
+        print(f"{self.out}: {shown} | {time.perf_counter() - self.clock:.0f} s")
         self.log(**summary, final=True)
         if self.lock:
             self.lock.close()

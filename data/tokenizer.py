@@ -147,7 +147,7 @@ class Tokenizer:
 
     def render(self, messages):
         """[{"role", "content"}, ...] -> (ids, loss_mask), two lists of one length. The mask is true for what
-        the assistant says, its end token included."""
+        the assistant says, its end token included, but for turns of weight 0."""
         ids, loss_mask = [], []
         for message in self.turns(messages):
             role = message["role"]
@@ -157,7 +157,8 @@ class Tokenizer:
             header = self.header(role, first=not ids)
             said = self.reply(message["content"])[:None if role in self.chat.ended else -1]
             ids += header + said
-            loss_mask += [False] * len(header) + [role == "assistant"] * len(said)
+            learned = role == "assistant" and message.get("weight") != 0
+            loss_mask += [False] * len(header) + [learned] * len(said)
         return ids, loss_mask
 
     def prompt(self, messages, max_prompt_tokens):

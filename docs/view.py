@@ -227,17 +227,20 @@ def column(rows, name, x="step"):
     return [row[x] for row in rows], smooth(y) if len(y) > 2 * WINDOW else y
 
 
-def charts(ppo, sft, reward):
+def charts(sft, reward, ppo):
     """The logs of the three stages, [] where there is none -> what they learned."""
-    last = {} if not ppo[-1].get("final") else ppo[-1]
+    last = ppo[-1] if ppo and ppo[-1].get("final") else {}
     out = []
     if sft:
-        out.append(chart("Stage 1 imitates", {"loss, nats a token": column(sft, "loss")}))
+        out.append(chart("Stage 1 imitates: loss, nats a token", {
+            "training": column(sft, "loss"), "held out": column(sft, "val_loss")}))
     if reward:
         out.append(chart("Stage 2 ranks: share of pairs right", {
             "training": column(reward, "accuracy"), "held out": column(reward, "val_accuracy")},
             {"ceiling of noisy labels": reward[-1].get("ceiling")}))
-    out.append(chart("Stage 3: what is paid", {"learned score": column(ppo, "score")}))
+    if ppo:
+        out.append(chart("Stage 3: what is paid", {"learned score": column(ppo, "score")}))
+        out.append(chart("Distance from stage 1", {"KL, nats a reply": column(ppo, "kl")}))
     steps = [row for row in ppo if row.get("gold") is not None and row.get("right") is not None]
     if steps:
         out.append(chart("Stage 3: what is true, by the checks", {
@@ -252,7 +255,6 @@ def charts(ppo, sft, reward):
         out.append(chart("Paid and true, over the distance from stage 1", {
             "learned score / 5": (by_kl[0][0], [y / 5 for y in by_kl[0][1]]), "good": by_kl[1]},
             xlabel="KL, nats a reply:"))
-    out.append(chart("Distance from stage 1", {"KL, nats a reply": column(ppo, "kl")}))
     return f'<div class="charts">{"".join(out)}</div>'
 
 
@@ -299,12 +301,15 @@ def table(rows, head=()):
 
 
 def page(folder, reload):
-    """-> a PPO run as HTML: one file, nothing from the network, no script."""
+    """-> a run of any stage as HTML: one file, nothing from the network, no script."""
     log = read(folder)
     first = next((row for row in log if "rollouts" in row), {"flags": {}, "machine": ""})
     flags, last = first["flags"], log[-1] if log[-1].get("final") else {}
-    logged = lambda folder: (path := Path(folder) / "log.jsonl").is_file() and path.stat().st_size
-    other = lambda flag: read(flags[flag]) if flag in flags and logged(flags[flag]) else []
+    has_log = lambda folder: (path := Path(folder) / "log.jsonl").is_file() and path.stat().st_size
+    other = lambda flag: read(flags[flag]) if flag in flags and has_log(flags[flag]) else []
+    logged = {key for row in log for key in row}
+    stage = "ppo" if "kl" in logged else "reward" if "accuracy" in logged else "sft"
+    logs = {"sft": other("init"), "reward": other("reward"), "ppo": []} | {stage: log}
     said = [row for row in log if "rollouts" in row]
     number = lambda x: f"{x:.4g}" if isinstance(x, float) else x
     out = [f"<h1>{escape(str(folder))}</h1>"]
@@ -313,7 +318,7 @@ def page(folder, reload):
     for row in log:
         if "warning" in row:
             out.append(f'<p class="warning">step {row["step"]}: {escape(row["warning"])}</p>')
-    out += ["<h2>What it learned</h2>", charts(log, other("init"), other("reward"))]
+    out += ["<h2>What it learned</h2>", charts(**logs)]
     out.append(rollouts(said) if said else "")
     for row in log:
         if "samples" in row:
