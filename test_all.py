@@ -2953,6 +2953,42 @@ def test_fuzz_data(tmp_path):
         (tmp_path / name).write_bytes(data)
         survives(tmp_path / name, lambda: prepare.main([tmp_path / name], tmp_path / "out"))
 
+def test_fuzz_rows_of_two_formats_lose_no_word_in_silence():
+    draw, records, count = random.Random(0), [record for record, _ in FORMATS.values()], itertools.count(1000)
+    fixed = {"role", "from", "type", "preference"}
+
+    def marked(x, name):  # every free text becomes a word of its own
+        if isinstance(x, dict):
+            return {key: marked(value, key) for key, value in x.items()}
+        if isinstance(x, list):
+            return [marked(value, name) for value in x]
+        free = isinstance(x, str) and name not in fixed
+        words = re.compile(r"(?<=Human: )[^\n]+|(?<=Assistant: ).+|^[^\n]+$")
+        return words.sub(lambda _: f"w{next(count)}.", x) if free else x
+    converted = 0
+    for i in range(5 * FUZZ):
+        both = [*draw.choice(records).items(), *draw.choice(records).items()]
+        row = marked({key: value for key, value in both if draw.random() < 0.85}, "")
+        for value in row.values():
+            for turn in value if isinstance(value, list) and draw.random() < 0.3 else []:
+                if isinstance(turn, dict):
+                    turn["extra"] = f"w{next(count)}."
+        chosen = row.get("chosen")
+        if "rejected" in row and isinstance(chosen, str) and "Human:" in chosen:  # one prompt for both
+            row["rejected"] = chosen[:-1] + "no."
+        elif "rejected" in row and isinstance(chosen, list):
+            row["rejected"] = [*chosen[:-1], assistant(f"w{next(count)}.")]
+        record = prepare.Record(row)
+        try:
+            rows = json.dumps(prepare.convert(record))
+        except prepare.Unusable:
+            continue
+        converted, unused = converted + 1, record.unused()
+        for name, value in row.items():
+            lost = [word for word in re.findall(r"w\d+\.", json.dumps(value)) if word not in rows]
+            assert not lost or unused & {name, "extra of a turn", "extra of a part"}, (lost, row, rows)
+    assert 2 * FUZZ < converted
+
 @mock.patch.object(data_run, "lock_folder", mock.Mock())  # no folder is made
 def test_fuzz_flags():
     draw, passed, signs = random.Random(0), 0, ("=", "=", "=", "", "-", "x=")

@@ -272,7 +272,8 @@ def preference(prompt, chosen, rejected, **extra):
 
 def convert_pair(r, chosen, rejected):
     """Two replies, or two whole dialogues that share everything but the last reply."""
-    extra, asked = notes(r, "agreement", "skill"), opening(r)
+    extra, used = notes(r, "agreement", "skill"), {*r.used}
+    asked = opening(r)
     if isinstance(chosen, str) and isinstance(rejected, str):
         dialogues = [hh_messages(x) for x in (chosen, rejected)]
         if asked and not all(dialogues):
@@ -291,9 +292,9 @@ def convert_pair(r, chosen, rejected):
     elif len(asked) >= len(before) and asked[-1]["content"].endswith(before[-1]["content"]):
         before = asked  # the lists repeat the prompt, which may have a system text, too
     else:
-        before = join_systems([*system_of(r), *before])
         if not asked or asked[-1]["content"].strip() not in [turn["content"].strip() for turn in before]:
-            r.used -= {*QUESTIONS}  # another one
+            r.used = used  # another prompt
+        before = join_systems([*system_of(r), *before])
     check_turns(before + chosen[-1:], "assistant")
     check_turns(before + rejected[-1:], "assistant")
     return preference(before, chosen[-1]["content"], rejected[-1]["content"], **extra)
