@@ -1,7 +1,7 @@
 """GPT-2 and what became of it (Llama, Qwen3) from scratch: the network, LoRA, the KV cache and sampling,
-loading and saving, and a chat.
+loading and saving.
 
-    python model.py --model=out/ppo                                  # a chat in the terminal
+    python model.py --model=out/ppo                                  # a chat (data/chat.py)
     python model.py --model=out/ppo --prompt="What is 2 plus 3?"     # one answer
 
 Reads a checkpoint folder in the Hugging Face hub's layout: config.json, model.safetensors. Shapes: B rows,
@@ -9,11 +9,8 @@ T tokens, S tokens in the cache, C the width (n_embd), H heads of width D, K of 
 their own (in GPT-2 all), V the vocabulary. Where the weights live (streamed from the host, sharded among
 processes) is memory.py's business.
 """
-import codecs
 import dataclasses
 import math
-import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -28,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import hub
 from data.batches import branching, map_by_length, pad, rng
 from data.kernels import is_packed, linear, prepacked
-from data.run import check_flags, parse_flags, pick_device, require
-from data.tokenizer import Tokenizer, same_tokens
+from data.run import parse_flags, require
+from data.tokenizer import Tokenizer
 from memory import (WORLD, checkpoint, few_shapes, first_process_first, full_tensor, local_shard, logits_of,
                     lookup, memory_tag, shard_like, stream, token_logprobs, unsharded, vocab_chunks)
 
@@ -597,101 +594,6 @@ def setup_training(model, cfg, device):
     return model
 
 
-# --- chat ---------------------------------------------------------------------------------------------------
-
-@dataclass(slots=True)
-class Config:
-    model: str = "out/ppo"      # a checkpoint folder
-    compare: str = ""           # a second folder, to answer beside the first
-    reward: str = ""            # a reward model's folder, to score the replies
-    prompt: str = ""            # answer this and exit
-    max_new_tokens: int = 0     # 0: half of the context, at most 512
-    temperature: float = 0.7    # 0: always the most likely token
-    top_k: int = 0              # sample among the k most likely tokens; 0: all
-    top_p: float = 1.0          # sample among the most likely tokens that make up this probability
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-def last_exchanges(messages, tokenizer, room):
-    """The dialogue without its oldest exchanges, as many as it takes to fit `room` tokens. Of a last one that
-    is too long alone, Tokenizer.prompt() keeps the end."""
-    while len(messages) > 2 and len(tokenizer.render(messages)[0]) >= room:
-        messages = messages[2:]
-    return messages
-
-
-def reply(model, tokenizer, messages, cfg, generator):
-    """Streams the assistant's next turn to the terminal and returns its text. Ctrl-C ends it."""
-    new, said = cfg.max_new_tokens or min(512, model.cfg.n_positions // 2), []
-    room = model.cfg.n_positions - new
-    prompt = tokenizer.prompt(last_exchanges(messages, tokenizer, room), room)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-
-    def show(_, token):
-        said.append(token)
-        print(decoder.decode(tokenizer.bytes([token])), end="", flush=True)
-    try:
-        generate(model, [prompt], new, tokenizer.end, cfg.temperature, cfg.top_k, cfg.top_p, generator,
-                 on_token=show)
-    except KeyboardInterrupt:
-        pass
-    print(decoder.decode(b"", final=True))
-    return tokenizer.decode(said)
-
-
-@torch.no_grad()
-def score_dialogue(reward_model, tokenizer, messages):
-    """The reward model's score of a dialogue's last turn."""
-    room = reward_model.cfg.n_positions
-    ids, _ = tokenizer.render(last_exchanges(messages, tokenizer, room))
-    return reward_model.scores([[ids[-room:]]]).item()
-
-
-def main(cfg):
-    check_flags(cfg)
-    require(cfg.prompt or sys.stdin, 'Standard input is closed, a chat reads it. Use --prompt="..." instead.')
-    require(cfg.compare != cfg.model, f"--compare={cfg.compare} is --model itself. Name another folder.")
-    device, dtype = pick_device(cfg.device, cfg.dtype)
-    models = {folder: load_model(folder, GPT, device, dtype) for folder in (cfg.model, cfg.compare) if folder}
-    reward_model = load_model(cfg.reward, Scorer, device, dtype) if cfg.reward else None
-    names = {net.cfg.tokenizer: None for net in (*models.values(), reward_model) if net}
-    name, *others = names
-    require(all(same_tokens(name, other) for other in others),
-            f"--compare, --reward: their tokenizers differ ({', '.join(sorted(names))}).")
-    context = min(net.cfg.n_positions for net in models.values())
-    require(cfg.max_new_tokens < context,
-            f"--max_new_tokens={cfg.max_new_tokens}: the context has {context} positions.")
-    tokenizer, generator = Tokenizer(name), rng(cfg.seed)
-    dialogues = {folder: [] for folder in models}
-
-    def answer(text):
-        text = text.encode(errors="replace").decode()  # bytes that are no character arrive as half ones
-        for folder, messages in dialogues.items():
-            messages.append({"role": "user", "content": text})
-            if len(models) > 1:
-                print(f"{folder}: ", end="")
-            said = reply(models[folder], tokenizer, messages, cfg, generator)
-            messages.append({"role": "assistant", "content": said})
-            if reward_model:
-                print(f"    (score {score_dialogue(reward_model, tokenizer, messages):+.2f})")
-        return dialogues[cfg.model][-1]["content"]
-    if cfg.prompt:
-        return answer(cfg.prompt)
-    with suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys, where Python has it)
-    print("/reset forgets, Ctrl-C ends a reply, Ctrl-D leaves. Of a long dialogue it sees the last turns.")
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal is gone
-            return print()
-        if text == "/reset":
-            dialogues = {folder: [] for folder in models}
-        elif text:
-            answer(text)
-
-
 if __name__ == "__main__":
-    main(parse_flags(Config))
+    from data import chat  # which imports this file
+    chat.main(parse_flags(chat.Config))

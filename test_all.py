@@ -47,7 +47,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import batches, dry_run, evaluation, hub, kernels, prepare, tokenizer
+from data import batches, chat, dry_run, evaluation, hub, kernels, prepare, tokenizer
 from data import bpe as data_bpe
 from data import layouts as data_layouts
 from data import run as data_run
@@ -1176,7 +1176,7 @@ def test_weights_that_are_no_numbers_or_other_programs_are_named(tmp_path):
     for path, words in ((nanogpt, "nanoGPT"), (nanogpt / "ckpt.pt", "docs/reference.md"),
                         (tmp_path / "gpt2_124M.bin", "export_hf.py")):
         refuses(lambda: m.load_model(path), "no checkpoint here", words)
-    told = (ROOT / "docs/reference.md").read_text().split("```python\n")[1].split("```")[0]  # as is told there
+    told = (ROOT / "docs/reference.md").read_text().split("```python\n")[1].split("```")[0]
     with mock.patch.object(torch, "load", partial(torch.load, nanogpt / "ckpt.pt")):
         exec(told.replace('"ckpt.pt", ', "").replace("out/nanogpt", str(tmp_path / "converted")), {})
     assert torch.equal(weights_of(m.load_model(tmp_path / "converted")), weights_of(net))
@@ -1469,38 +1469,38 @@ def test_tokens_are_seen_as_they_come_and_prompts_that_do_not_fit_are_refused():
     for prompts in ([[1] * 60], [[]], [[1], []]):
         refuses(lambda: generate(tiny(), prompts, 10, end=-1), kind=ValueError)
 
-def chat(cfg, *typed, **instead):
-    """-> what main() returned and printed, where this is typed in and functions of model.py are replaced."""
-    with mock.patch("builtins.input", side_effect=typed), mock.patch.multiple(m, **instead):
-        return quiet(m.main, cfg)
+def talk(cfg, *typed, **instead):
+    """-> what main() returned and printed, where this is typed in and functions of the chat are replaced."""
+    with mock.patch("builtins.input", side_effect=typed), mock.patch.multiple(chat, **instead):
+        return quiet(chat.main, cfg)
 
 def test_the_chat_keeps_turns_resets_compares_and_stops_at_ctrl_c(tmp_path):
     run(sft, tmp_path)
     save(tmp_path / "b", tiny(seed=1))
     save(tmp_path / "reward_model", tiny(Scorer))
-    one = m.Config(model=str(tmp_path / "out/sft"), dtype="float32", device="cpu")
-    answer, text = quiet(m.main, dataclasses.replace(one, prompt="Hello" * 100))
+    one = chat.Config(model=str(tmp_path / "out/sft"), dtype="float32", device="cpu")
+    answer, text = quiet(chat.main, dataclasses.replace(one, prompt="Hello" * 100))
     assert answer in text
     seen = []
     def speak(net, tokenizer, messages, *_):
         seen.append([(turn["role"], turn["content"]) for turn in messages])
         return "Yes."
     three = dataclasses.replace(one, compare=str(tmp_path / "b"), reward=str(tmp_path / "reward_model"))
-    _, text = chat(three, "Hi", "And?", "/reset", "Bye", EOFError, reply=speak)
+    _, text = talk(three, "Hi", "And?", "/reset", "Bye", EOFError, reply=speak)
     second = [("user", "Hi"), ("assistant", "Yes."), ("user", "And?")]
     assert seen == [second[:1]] * 2 + [second] * 2 + [[("user", "Bye")]] * 2  # each of both models
     assert text.count("(score ") == 6 and f"{three.compare}: " in text
     def interrupted(*_, on_token):
         on_token(0, TINY.encode(" yes")[0])
         raise KeyboardInterrupt
-    assert chat(dataclasses.replace(one, prompt="Well?"), generate=interrupted)[0] == " yes"
+    assert talk(dataclasses.replace(one, prompt="Well?"), generate=interrupted)[0] == " yes"
 
 def test_the_chat_forgets_whole_exchanges_oldest_first_and_survives_odd_bytes_and_a_lost_terminal(tmp_path):
     save(tmp_path / "a", tiny())
     save(tmp_path / "r", tiny(Scorer, n_positions=40))
-    cfg = m.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=24)
+    cfg = chat.Config(model=str(tmp_path / "a"), dtype="float32", device="cpu", max_new_tokens=24)
     speak = mock.Mock(return_value=[])
-    chat(cfg, *(f"{i} is a number?" for i in range(8)), EOFError, generate=speak)
+    talk(cfg, *(f"{i} is a number?" for i in range(8)), EOFError, generate=speak)
     assert speak.call_count == 8
     for i, call in enumerate(speak.call_args_list):  # a whole question, and all from there on
         prompt = TINY.decode(call.args[1][0])
@@ -1508,17 +1508,17 @@ def test_the_chat_forgets_whole_exchanges_oldest_first_and_survives_odd_bytes_an
         assert prompt == "".join(f"{j} is a number?" for j in range(first, i + 1)) and (first > 0) == (i > 4)
     dialogue = [user("a b c d"), assistant("e")] * 9
     with mock.patch.object(Scorer, "scores", return_value=torch.zeros(1)) as scores:
-        m.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
+        chat.score_dialogue(m.load_model(tmp_path / "r", Scorer), TINY, dialogue)
     [[ids]] = scores.call_args.args[0]
     assert ids == TINY.render(dialogue[-len(ids) // 8 * 2:])[0][-len(ids):]
     assert ids[0] == TINY.first and 24 < len(ids) <= 40
     question = [user("x " * 99)]
-    assert m.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
+    assert chat.last_exchanges(dialogue + question, TINY, 40) == question  # the last one stays, however long
     said = mock.Mock(return_value="")
-    chat(cfg, "caf\udce9", OSError, reply=said)
+    talk(cfg, "caf\udce9", OSError, reply=said)
     assert said.call_args.args[2][0]["content"] == "caf?"
     with mock.patch.object(sys, "stdin", None):
-        refuses(lambda: m.main(cfg), "Standard input is closed", "--prompt")
+        refuses(lambda: chat.main(cfg), "Standard input is closed", "--prompt")
 
 def test_a_check_is_matched_in_full_and_given_up_after_a_second():
     passes = lambda check, text: evaluation.passes_check({"prompt": [user("What?")], "check": check}, text)
@@ -2200,9 +2200,9 @@ def test_a_model_of_the_second_family_goes_through_every_stage_flag_and_method(t
     for stage, changes in ((ppo, {"group": 4, "minibatch": 4, "group_norm": True}), (ppo, {"ptx_coef": 0.5}),
                            (ppo, {"lora_rank": 2}), (ppo, {"reward": "check"}), (reward, {"dpo": True})):
         run(stage, tmp_path, steps=2, out=str(tmp_path / "other"), **changes)
-    cfg = m.Config(model=f"{tmp_path}/out/ppo", reward=f"{tmp_path}/out/reward", compare=start, prompt="Hi",
-                   dtype="float32", device="cpu")
-    assert "(score " in quiet(m.main, cfg)[1]
+    cfg = chat.Config(model=f"{tmp_path}/out/ppo", reward=f"{tmp_path}/out/reward", compare=start,
+                      prompt="Hi", dtype="float32", device="cpu")
+    assert "(score " in quiet(chat.main, cfg)[1]
     stored = json.loads((tmp_path / "out/ppo/config.json").read_text())
     assert stored["architectures"] == ["LlamaForCausalLM"] and stored["eos_token_id"] == 1
     refuses(lambda: run(ppo, tmp_path, init="scratch-llama"), "reward model with --init=scratch-llama")
@@ -2760,7 +2760,7 @@ def test_bad_input_is_refused_with_a_remedy_before_the_run(tmp_path):
         refuses(lambda: run(stage, tmp_path, **flags), *fragments)
     for flags, said in (({"model": policy, "reward": policy}, "out/sft: a language model"),
                         ({"model": scorer}, "out/reward: a reward model")):
-        refuses(lambda: m.main(m.Config(**flags, prompt="Hi", device="cpu")), said)
+        refuses(lambda: chat.main(chat.Config(**flags, prompt="Hi", device="cpu")), said)
     refuses(lambda: data_run.parse_flags(sft.Config, ["--weight-decay=1"]), "--weight-decay",
             "Did you mean --weight_decay")
     with mock.patch.object(data_run, "WORLD", 3):  # what does not divide among the processes
@@ -3073,11 +3073,11 @@ def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
 # --- the house ----------------------------------------------------------------------------------------------
 
 def test_imports_run_one_way_and_no_stage_imports_another():
-    house = ("memory data.dry_run data.kernels data.bpe data.tokenizer data.layouts data.hub data.batches "
-             "data.run data.prepare data.evaluation model").split()
+    house = ("memory data.dry_run data.kernels data.bpe data.tokenizer data.layouts data.prepare data.hub "
+             "data.batches data.run data.evaluation model data.chat").split()
     ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
     for i, name in enumerate([*house, "sft", "reward", "ppo"]):
-        text = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        text = (ROOT / f"{name.replace('.', '/')}.py").read_text().split("if __name__")[0]
         imported = {f"data.{what}" if module == "data" else module for module, what in ours.findall(text)}
         assert imported <= set(house[:i]), (name, imported)
 

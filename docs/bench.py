@@ -39,13 +39,13 @@ import reward
 import sft
 from data import dry_run
 from data.batches import rng
+from data.chat import last_exchanges, score_dialogue
 from data.evaluation import calibration, passes, win_rate, yardsticks
 from data.prepare import by_set, load
 from data.run import memory_gb, parse_flags, pick_device, require
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
-from model import (GPT, GPTConfig, Scorer, generate, generate_many, last_exchanges, load_model,
-                   policy_logprobs, score_dialogue)
+from model import GPT, GPTConfig, Scorer, generate, generate_many, load_model, policy_logprobs
 
 # --- speed --------------------------------------------------------------------------------------------------
 
