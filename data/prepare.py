@@ -4,8 +4,10 @@
 
 Reads HH-RLHF, Alpaca, prompt/completion, prompt/response, Dolly, question/answer, OpenAI messages, ShareGPT
 conversations, UltraFeedback and TRL preferences, output_1/output_2/preference, and plain text; .json, .jsonl,
-.txt, each also zipped with gzip. System texts, contexts and history become part of the prompt; columns that
-are not used are named. Writes sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
+.txt, each also zipped with gzip. System texts, contexts and history become part of the prompt; of many
+rejected replies each makes a pair; a turn with "weight": 0 ("train" or "loss": false) is read, not learned.
+FIELDS says what a row, a turn and a part of a turn may hold; what is not used is named, with its rows. Writes
+sft.jsonl, preferences.jsonl and prompts.jsonl, with *.val.jsonl beside them:
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}  or  {"text": ...}
     {"prompt": [messages], "chosen": "...", "rejected": "..."}
