@@ -1634,6 +1634,8 @@ def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(tmp_path):
            "weight is '0.5'": {"messages": [*Q, assistant(A) | {"weight": 0.5}]},
            "every reply has weight 0": {"messages": [*Q, assistant(A) | {"weight": 0}]},
            "a part of content": {"messages": [*Q, assistant([{"type": "thinking", "text": "Hm."}])]},
+           "a part of completion is not": said([assistant(A), *parts("x")]),
+           "without a prompt: a dialogue begins": {**FORMATS["hh"][0], "rejected": B},
            "a whole dialogue where one turn": said("\n\nHuman: x\n\nAssistant: y"),
            "a turn is not an object": said("y", history=[["a", "b"], "cd"]),
            "both replies are equal": {**PAIR, "rejected": A}, "is not the assistant's": {"messages": Q},
@@ -1656,7 +1658,8 @@ def test_what_cannot_be_used_is_dropped_with_a_reason_and_line(tmp_path):
         (tmp_path / f"{kind}.jsonl").write_text("\n" + json.dumps(row))
         refuses(lambda: prepare.load(tmp_path, kind), f"{kind}.jsonl:2", reason, "Mend or delete that line")
     _, text = convert(tmp_path, {**PAIR, "score": 1}, {**PAIR, "id": 2}, *[{"foo": 1}] * 30)
-    assert text.count("no known format") == 21 and "dropped 30: no known format" in text  # complaints end
+    assert text.count("further rows") == 1  # complaints end
+    assert text.count("no known format") == 21 and "dropped 30: no known format" in text
     assert "in.jsonl: columns not used, in so many rows: id (1), score (1)\n" in text
     calls = {"messages": [*Q, assistant(A) | {"tool_calls": [{}], "reasoning": "Hm."}]}
     assert "not used, in so many rows: reasoning of a turn (2), tool_calls of a turn (2)\n" in convert(
