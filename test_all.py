@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import html.parser
 import http.server
+import importlib.util
 import inspect
 import io
 import itertools
@@ -2545,13 +2546,17 @@ def test_a_ppo_runs_own_numbers_are_printed_and_on_its_page_and_each_set_is_meas
     titles = [tag["title"] for tag in attributes if tag.get("class") == "token"]
     assert titles[0] == ", ".join(f"{name} {x[0]:.3f}" for name, x in said[0]["columns"].items())
     assert len(titles) == 4 * sum(len(reply["tokens"]) for reply in said)
+    assert [tag.get("id") for tag in attributes if "checked" in tag] == ["advantage"]
+    assert shown.count("<summary>numbers") == len(said)  # on paper nothing hovers
     sample, step = last["samples"][0], [row for row in steps if "entropy" in row][-1]
     assert html.escape(f"{sample['after']} ({sample['score_after']:+.2f})") in shown
-    assert f"good {step['gold']:.3g}<" in shown and f"learned score {step['score']:.3g}<" in shown
+    assert f"gold {step['gold']:.3g}<" in shown and f"score {step['score']:.3g}<" in shown
+    assert shown.count("<figure>") == 12 and "<h1>Stage 3: " in shown and "win rate over stage 1 " in shown
+    assert re.search("<tr><td>blue things</td><td>", shown) and ">entropy " in shown
     for stage, curve in (("sft", ">training "), ("reward", ">held out ")):
         assert view(tmp_path / "out" / stage).returncode == 0
         shown = (tmp_path / "out" / stage / "run.html").read_text()
-        assert shown.count("<polyline") == 2 and curve in shown and shown.count("<figure") == 1
+        assert shown.count("<polyline") == 2 and curve in shown and shown.count("<figure>") == 1
     quiet(ppo.main, dataclasses.replace(cfg, dry_run=True))  # leaves the run's log as it is
     assert jsonl(path)[-1] == summary
     path.write_text(path.read_text()[:-20])  # a run that has not ended, its last line half-written
@@ -2586,6 +2591,18 @@ def test_stages_1_and_2_validate_and_print_samples_every_eval_every_steps(tmp_pa
     text = run(sft, tmp_path, data=str(tmp_path / "book.txt"), steps=1)[1]
     assert samples(text) == 8 and "Line " in text  # continuations of what was held out
 
+def test_axes_have_round_numbers_and_step_lines_fit_a_terminal(tmp_path):
+    spec = importlib.util.spec_from_file_location("view", ROOT / "docs/view.py")
+    spec.loader.exec_module(view := importlib.util.module_from_spec(spec))
+    for low, high, want in ((0, 0.97, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 31, [-10, 0, 10, 20, 30, 40]),
+                            (0.5, 0.99, [0.5, 0.6, 0.7, 0.8, 0.9, 1]),
+                            (0, 0.01, [0, 0.002, 0.004, 0.006, 0.008, 0.01])):
+        assert view.ticks(low, high) == want, (view.ticks(low, high), want)
+    run_all(tmp_path)
+    text = run(ppo, tmp_path, steps=4, batch=4, log_every=2, eval_every=9, save_every=9)[1]
+    lines = re.findall("^step .*", text, re.M)
+    assert len(lines) == 2 and max(map(len, lines)) < 106 and lines[-1].endswith("| 0:00 left"), lines
+
 def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [
         {"prompt": [user("x")], "check": "yes", "set": "new"}, {"prompt": [user("y")]}]
@@ -2600,7 +2617,7 @@ def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
         assert prompts == [TINY.prompt(row["prompt"], 24) for row in part] and (new, batch) == (24, 8)
         assert torch.equal(generator.get_state(), rng(3, "answers").get_state())
     assert found == {"right": 1, "gold": 2 / 3} and nothing == {"right": None, "gold": None}
-    assert "3 prompts, held out: 100 % right, 67 % gold\n1 prompts, new: 100 % gold" in text
+    assert "3 prompts, held out: right 1.00, gold 0.67\n1 prompts, new: gold 1.00" in text
 
 def test_rollouts_differ_from_step_to_step_and_from_seed_to_seed_and_their_padding_is_cut():
     models = ppo.Models(tiny(), tiny(), None, None)

@@ -77,7 +77,7 @@ def measure_sets(rows, answer, tokenizer):
     first = None
     for name, members in by_set(row for row in rows if "check" in row or "right" in row).items():
         shares = yardsticks(members, answer(members), tokenizer)
-        shown = ", ".join(f"{100 * x:.0f} % {name}" for name, x in shares.items() if x is not None)
+        shown = ", ".join(f"{name} {x:.2f}" for name, x in shares.items() if x is not None)
         print(f"{len(members)} prompts, {name}: {shown}")
         first = first or shares
     return first or {"right": None, "gold": None}
@@ -187,13 +187,9 @@ def show_rollout(batch, tokenizer, traced, n=8):
 
 
 def rollout_line(log):
-    """A line of PPO's log."""
+    """What the terminal shows of PPO's log."""
     shares = "".join(f"{name} {log[name]:.2f} | " for name in ("right", "gold") if log[name] is not None)
-    last = (f"value {log['value_loss']:.3f}" if "value_loss" in log
-            else f"no signal {log['groups_without_signal']:.2f}")
-    return (f"score {log['score']:+.3f} | {shares}kl {log['kl']:.2f} | entropy {log['entropy']:.2f} | "
-            f"clipped {log['clip_fraction']:.3f} | approx kl {log['approx_kl']:.4f} | {last} | "
-            f"length {log['response_length']:.1f}")
+    return f"score {log['score']:+.2f} | {shares}kl {log['kl']:.2f} | length {log['response_length']:.1f}"
 
 
 def health_warnings(log, dtype):

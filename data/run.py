@@ -301,7 +301,8 @@ class Run:
         elif cfg.resume:
             print(f"nothing to resume in {self.out}: starting at step 0")
         self.done = self.start  # steps
-        self.clock, self.tokens, self.busy = time.perf_counter(), 0, 0.0  # of the steps since the last report
+        self.clock = time.perf_counter()
+        self.tokens, self.busy = 0, 0.0  # of the steps since the last report
         self.log_path = self.out / ("log.jsonl.new" if path.exists() and not self.state else "log.jsonl")
         if not RANK:
             hub.write_file(self.log_path, lambda path: path.write_text("".join(self.lines)))
@@ -350,11 +351,13 @@ class Run:
 
     def report(self, line, **numbers):
         """Print the line and log the numbers, with the speed of the steps since the last report."""
-        numbers |= {"tokens_per_s": rate(self.tokens, self.busy), "seconds": time.perf_counter() - self.clock,
+        seconds, total = time.perf_counter() - self.clock, self.cfg["steps"]
+        numbers |= {"tokens_per_s": rate(self.tokens, self.busy), "seconds": seconds,
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
-        tqdm.write(f"step {self.done:5}/{self.cfg['steps']} | {line} | "
-                   f"{numbers['tokens_per_s']:,.0f} tok/s | {numbers['memory_gb']:.2f} GB")
+        minutes, rest = divmod(seconds / (self.done - self.start) * (total - self.done), 60)
+        tqdm.write(f"step {self.done:4}/{total} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | "
+                   f"{numbers['memory_gb']:.2f} GB | {minutes:.0f}:{rest:02.0f} left")
         self.log(**numbers)
 
     def report_evaluation(self, **numbers):

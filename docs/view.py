@@ -12,6 +12,7 @@ The six are pictures: what it shows, the file, label=folder of each run. They ne
 else here does.
 """
 import json
+import math
 import sys
 import time
 from html import escape
@@ -174,6 +175,7 @@ figure, .reply { margin: 8px 0 0; background: var(--card); border: 1px solid var
 figcaption, .reply b { font-weight: 600; font-size: 15px }
 svg { width: 100%; height: auto; display: block }  svg text { fill: var(--soft); font-size: 12px }
 .key { font-size: 13px; color: var(--soft) }
+.healthy { font-size: 13px; margin: 4px 0 0 }
 .key span { white-space: nowrap; margin-right: 10px }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px }
 input { position: absolute; opacity: 0 }  input:focus-visible + label { outline: 2px solid var(--ink) }
@@ -193,18 +195,30 @@ VIEWS = {  # a token's number: how the page says it, and where its colour is ful
     "advantage": ("advantage", "better or worse than expected: what the policy learns from", 2)}
 
 
-def chart(title, series, levels=None, xlabel="step", width=360, height=190):
-    """{label: (x, y)}, {label: y of a dashed line} -> an SVG line chart with its key."""
+def ticks(low, high):
+    """-> four to eight round numbers from at or below low to at or above high."""
+    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def chart(title, healthy, series, levels=None, low=0.0, xlabel="step", width=360, height=190):
+    """{label: (x, y)}, {label: y of a dashed line} -> an SVG line chart, its key, and what is healthy there;
+    "" without any point. The axis begins at `low`, or lower if a number does."""
     levels = {label: y for label, y in (levels or {}).items() if y is not None}
     series = {label: (x, y) for label, (x, y) in series.items() if x}
+    if not series:
+        return ""
     xs, ys = ([v for pair in series.values() for v in pair[i]] for i in (0, 1))
-    low, high, right = min([0, *ys]), max([0, *ys, *levels.values()]) or 1, max(xs, default=1) or 1
+    marks = ticks(min([low, *ys]), max([low + 0.01, *ys, *levels.values()]))
+    low, high, right = marks[0], marks[-1], max(xs) or 1
     px = lambda x: f"{44 + (width - 54) * x / right:.1f}"
     py = lambda y: f"{height - 24 - (height - 34) * (y - low) / (high - low):.1f}"
     out, key = [], []
-    for y in (low, (low + high) / 2, high):
+    for y in marks:
         out.append(f'<line x1="44" x2="{width - 10}" y1="{py(y)}" y2="{py(y)}" stroke="var(--line)"/>'
-                   f'<text x="40" y="{float(py(y)) + 4}" text-anchor="end">{y:.2g}</text>')
+                   f'<text x="40" y="{float(py(y)) + 4}" text-anchor="end">{y:g}</text>')
     for colour, (label, (x, y)) in zip(COLOURS, series.items()):
         line = " ".join(f"{px(a)},{py(b)}" for a, b in zip(x, y))
         out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
@@ -217,7 +231,7 @@ def chart(title, series, levels=None, xlabel="step", width=360, height=190):
     out.append(f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">{xlabel} {right:.4g}</text>')
     keys = " ".join(f'<span><i style="background:{colour}"></i>{escape(text)}</span>' for colour, text in key)
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {height}" role="img">'
-            f'{"".join(out)}</svg><div class="key">{keys}</div></figure>')
+            f'{"".join(out)}</svg><div class="key">{keys}</div><p class="healthy">{healthy}</p></figure>')
 
 
 def column(rows, name, x="step"):
@@ -228,33 +242,40 @@ def column(rows, name, x="step"):
 
 
 def charts(sft, reward, ppo):
-    """The logs of the three stages, [] where there is none -> what they learned."""
+    """The logs of the three stages, [] where there is none -> what they learned, as HTML."""
     last = ppo[-1] if ppo and ppo[-1].get("final") else {}
-    out = []
-    if sft:
-        out.append(chart("Stage 1 imitates: loss, nats a token", {
-            "training": column(sft, "loss"), "held out": column(sft, "val_loss")}))
-    if reward:
-        out.append(chart("Stage 2 ranks: share of pairs right", {
-            "training": column(reward, "accuracy"), "held out": column(reward, "val_accuracy")},
-            {"ceiling of noisy labels": reward[-1].get("ceiling")}))
-    if ppo:
-        out.append(chart("Stage 3: what is paid", {"learned score": column(ppo, "score")}))
-        out.append(chart("Distance from stage 1", {"KL, nats a reply": column(ppo, "kl")}))
-    steps = [row for row in ppo if row.get("gold") is not None and row.get("right") is not None]
-    if steps:
-        out.append(chart("Stage 3: what is true, by the checks", {
-            "good": column(ppo, "gold"), "right somewhere": column(ppo, "right")}, {
-            "held out, stage 1": last.get("gold_before"), "best of n": last.get("gold_best_of_n"),
-            "after PPO": last.get("gold_after")}))
-        style = {"good": "gold", "right, but curt, rude or rambling": "manners", "wrong": "wrong"}
-        rows = [row | {"manners": max(0, row["right"] - row["gold"]),
-                       "wrong": 1 - max(row["right"], row["gold"])} for row in steps]
-        out.append(chart("How it speaks: shares of replies", {k: column(rows, v) for k, v in style.items()}))
-        by_kl = [(column(steps, "kl")[1], column(steps, name)[1]) for name in ("score", "gold")]
-        out.append(chart("Paid and true, over the distance from stage 1", {
-            "learned score / 5": (by_kl[0][0], [y / 5 for y in by_kl[0][1]]), "good": by_kl[1]},
-            xlabel="KL, nats a reply:"))
+    ceiling = {"ceiling of noisy labels": reward[-1].get("ceiling")} if reward else {}
+    gold = {"held out, stage 1": last.get("gold_before"), "best of n": last.get("gold_best_of_n"),
+            "after PPO": last.get("gold_after")}
+    spoken = [row | {"manners": max(0, row["right"] - row["gold"]),
+                     "wrong": 1 - max(row["right"], row["gold"])}
+              for row in ppo if None not in (row.get("right"), row.get("gold"))]
+    by_kl = sorted((row for row in ppo if row.get("kl") is not None and "final" not in row),
+                   key=lambda row: row["kl"])
+    series = lambda rows, *names: {name.replace("_", " "): column(rows, name) for name in names}
+    out = [
+        chart("Stage 1 imitates: loss, nats a token", "Falls fast, then slowly; held out stays close.",
+              {"training": column(sft, "loss"), "held out": column(sft, "val_loss")}),
+        chart("Stage 2 ranks: share of pairs right", "Climbs towards the ceiling; 0.5 is guessing.",
+              {"training": column(reward, "accuracy"), "held out": column(reward, "val_accuracy")},
+              ceiling, low=0.5),
+        chart("Stage 3: what is paid", "Rises and levels off.", series(ppo, "score")),
+        chart("Distance from stage 1", "Rises to a few nats a reply; far beyond, scores mean little.",
+              series(ppo, "kl")),
+        chart("Stage 3: what is true, by the checks", "Rises with the score. If only the score rises, it is "
+              "being cheated.", series(ppo, "gold", "right"), gold),
+        chart("How it speaks: shares of replies", "gold takes the place of the others.", {
+            label: column(spoken, name) for label, name in (
+                ("gold", "gold"), ("right, but curt, rude or rambling", "manners"), ("wrong", "wrong"))}),
+        chart("Score over distance", "Bends: the same score costs ever more.", {
+            "score": column(by_kl, "score", "kl")}, xlabel="KL, nats a reply:"),
+        chart("Gold over distance", "Falls where the policy has outrun the reward model.", {
+            "gold": column(by_kl, "gold", "kl")}, xlabel="KL, nats a reply:"),
+        chart("Entropy, nats a token", "Falls slowly; near 0 the policy says one thing only.",
+              series(ppo, "entropy")),
+        chart("Share of clipped tokens", "Small, often 0: steps are short.", series(ppo, "clip_fraction")),
+        chart("The critic's loss", "Falls, then is as noisy as the scores.", series(ppo, "value_loss")),
+        chart("Length of a reply, tokens", "No trend that nobody pays for.", series(ppo, "response_length"))]
     return f'<div class="charts">{"".join(out)}</div>'
 
 
@@ -272,13 +293,26 @@ def coloured(reply, view):
     return "".join(out)
 
 
+def table(rows, head=()):
+    """-> HTML."""
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in row) + "</tr>"
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def numbers_of(reply):
+    rows = zip(reply["tokens"], *reply["columns"].values())
+    return table([(token, *(f"{x:.3f}" for x in numbers)) for token, *numbers in rows],
+                 ("token", *reply["columns"]))
+
+
 def rollouts(rows):
     """What PPO logged every --eval_every, with a switch for what the colours mean (without scripts: each view
-    is there, and the checked button's style hides the others)."""
+    is there, and the checked button's style hides the others). It opens on the advantage: of the first
+    rollout the log-ratio is 0 everywhere."""
     out = ["<h2>Rollouts, token by token</h2><p>Blue is above 0, orange below, the deeper the more. All "
-           "numbers of a token show on hover.</p>"]
+           "numbers of a token show on hover, and under each reply.</p>"]
     for name, (word, means, _) in VIEWS.items():
-        out.append(f'<input type="radio" name="view" id="{name}"{" checked" * (name == "kl")}>'
+        out.append(f'<input type="radio" name="view" id="{name}"{" checked" * (name == "advantage")}>'
                    f'<label for="{name}" title="{means}">{word}</label>')
     out.append("<style>" + "".join(f"#{name}:checked ~ div .{other} {{ display: none }} "
                                    for name in VIEWS for other in VIEWS if other != name) + "</style>")
@@ -287,17 +321,22 @@ def rollouts(rows):
     for k, row in enumerate(rows):
         replies = "".join(
             f'<div class="reply"><b>{escape(reply["question"])}</b> (score {reply["score"]:+.2f})<br>'
-            + "".join(f'<span class="{view}">{coloured(reply, view)}</span>' for view in VIEWS) + "</div>"
+            + "".join(f'<span class="{view}">{coloured(reply, view)}</span>' for view in VIEWS)
+            + f"<details><summary>numbers</summary>{numbers_of(reply)}</details></div>"
             for reply in row["rollouts"])
         opened = " open" * (k in (0, len(rows) - 1))
         out.append(f"<div><details{opened}><summary>rollout {row['step']}</summary>{replies}</details></div>")
     return "".join(out)
 
 
-def table(rows, head=()):
-    """-> HTML."""
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in row) + "</tr>"
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+def result(last):
+    """The summary in a sentence."""
+    pairs = [f"{name} {last[f'{name}_before']:.2f} → {last[f'{name}_after']:.2f}"
+             for name in ("gold", "right") if last.get(f"{name}_after") is not None]
+    words = {"win_rate": "win rate over stage 1", "kl": "KL from stage 1, nats a reply",
+             "val_accuracy": "share of pairs right", "ceiling": "of at most", "val_loss": "loss, nats a token"}
+    pairs += [f"{word} {last[name]:.2f}" for name, word in words.items() if last.get(name) is not None]
+    return "Held out: " + ", ".join(pairs) if pairs else ""
 
 
 def page(folder, reload):
@@ -312,7 +351,8 @@ def page(folder, reload):
     logs = {"sft": other("init"), "reward": other("reward"), "ppo": []} | {stage: log}
     said = [row for row in log if "rollouts" in row]
     number = lambda x: f"{x:.4g}" if isinstance(x, float) else x
-    out = [f"<h1>{escape(str(folder))}</h1>"]
+    names = {"sft": "Stage 1", "reward": "Stage 2", "ppo": "Stage 3"}
+    out = [f"<h1>{names[stage]}: {escape(str(folder))}</h1>", f"<p>{result(last)}</p>"]
     if not last:
         out.append(f"<p>not finished: step {log[-1].get('step', 0)} of {flags.get('steps', '?')}</p>")
     for row in log:
@@ -326,6 +366,10 @@ def page(folder, reload):
                 [(x["question"], f"{x['before']} ({x['score_before']:+.2f})",
                   f"{x['after']} ({x['score_after']:+.2f})") for x in row["samples"]],
                 ("question", "stage 1 (its score)", "after PPO"))]
+        if "sets" in row:
+            heads = [*next(iter(row["sets"].values()))]
+            cells = [(name, *map(number, shares.values())) for name, shares in row["sets"].items()]
+            out += ["<h2>Every held-out set</h2>", table(cells, ("set", *heads))]
     summary = [(k, number(v)) for k, v in last.items() if k not in ("final", "step") and v is not None]
     for title, rows in (("summary", summary), ("flags", [(f"--{k}", v) for k, v in flags.items()])):
         out.append(f"<details><summary>{title}</summary>{table(rows)}</details>" if rows else "")
