@@ -356,13 +356,13 @@ class Run:
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
         minutes, rest = divmod(seconds / (self.done - self.start) * (total - self.done), 60)
-        tqdm.write(f"step {self.done:4}/{total} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | "
+        tqdm.write(f"step {self.done:{len(str(total))}}/{total} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | "
                    f"{numbers['memory_gb']:.2f} GB | {minutes:.0f}:{rest:02.0f} left")
         self.log(**numbers)
 
     def report_evaluation(self, **numbers):
         shown = " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-        tqdm.write(f"step {self.done:5}/{self.cfg['steps']} | {shown}")
+        tqdm.write(f"step {self.done}/{self.cfg['steps']} | {shown}")
         self.log(**numbers)
 
     def log(self, **numbers):

@@ -334,7 +334,7 @@ def result(last):
     pairs = [f"{name} {last[f'{name}_before']:.2f} → {last[f'{name}_after']:.2f}"
              for name in ("gold", "right") if last.get(f"{name}_after") is not None]
     words = {"win_rate": "win rate over stage 1", "kl": "KL from stage 1, nats a reply",
-             "val_accuracy": "share of pairs right", "ceiling": "of at most", "val_loss": "loss, nats a token"}
+             "val_accuracy": "pairs right", "ceiling": "of at most", "val_loss": "loss, nats a token"}
     pairs += [f"{word} {last[name]:.2f}" for name, word in words.items() if last.get(name) is not None]
     return "Held out: " + ", ".join(pairs) if pairs else ""
 
