@@ -2601,7 +2601,7 @@ def test_axes_have_round_numbers_and_step_lines_fit_a_terminal(tmp_path):
     run_all(tmp_path)
     text = run(ppo, tmp_path, steps=4, batch=4, log_every=2, eval_every=9, save_every=9)[1]
     lines = re.findall("^step .*", text, re.M)
-    assert len(lines) == 2 and max(map(len, lines)) < 106 and lines[-1].endswith("| 0:00 left"), lines
+    assert len(lines) == 2 and max(map(len, lines)) <= 108 and lines[-1].endswith("| 0:00 left"), lines
 
 def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [
