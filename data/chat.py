@@ -100,6 +100,8 @@ def main(cfg):
         return answer(cfg.prompt)
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys, where Python has it)
+    if name == "tiny":
+        print('Of the bundled world: "What is 2 plus 3?", "opposite of hot", "Spell lemon."; README lists more.')
     print("/reset forgets, Ctrl-C ends a reply, Ctrl-D leaves. Of a long dialogue it sees the last turns.")
     while True:
         try:

@@ -6,6 +6,7 @@
     python docs/bench.py fit                 # the largest GPT-2 that fits a device, by dry runs
     python docs/bench.py ragged-reward       # GPT-2 124M on rows of real lengths; ragged-sft, generate-same
     python docs/bench.py chat out/ppo        # held-out questions of the bundled world, five to a dialogue
+    python docs/bench.py asked out/ppo       # 150 questions that three people typed
     python docs/bench.py bias out/reward out/sft out/ppo    # who falls for enthusiasm!!
     python docs/bench.py policies out/sft out/reward out/ppo out/dpo    # beside stage 1; takes ppo.py's flags
     python docs/bench.py best-of out/sft out/reward out/best-of    # best of 1 to 64, a log for docs/view.py
@@ -319,9 +320,29 @@ def chat(folder="out/ppo", n=300, turns=5, temperature=0.7):
     for name, rows in by_set(load("data/tiny", "prompts")[1]).items():
         inside = [row for row in rows if row["skill"] != "unknown"] or rows
         replies, tokenizer = answers(folder, [row["prompt"] for row in inside], turns, temperature)
-        admits = re.compile("not know|Nobody has told|not understand|only understand|too hard")
-        unknown = sum(bool(admits.search(tokenizer.decode(reply))) for reply in replies)
+        unknown = sum(bool(ADMITS.search(tokenizer.decode(reply))) for reply in replies)
         print(f"{name}: {unknown} of {len(inside)} replies say that they do not know")
+
+
+ADMITS = re.compile("not know|Nobody has told|not understand|only understand|too hard")
+
+
+@torch.no_grad()
+def asked(*folders):
+    """150 questions that three people typed who knew README's list and not data/tiny/make.py, some of them
+    beyond it: how many replies are right, how many decline, how many are wrong."""
+    rows = [json.loads(line) for line in open("data/tiny/asked.jsonl", encoding="utf-8")]
+    for folder in folders:
+        dialogues = [[{"role": "user", "content": row["q"]}] for row in rows]
+        replies, tokenizer = answers(folder, dialogues, 0, 0.7)
+        for inside in (True, False):
+            told = [(row, tokenizer.decode(reply)) for row, reply in zip(rows, replies)
+                    if row["inside"] == inside]
+            declined = sum(bool(ADMITS.search(text)) for _, text in told)
+            right = sum(bool(re.search(row["right"], text, re.I)) and not ADMITS.search(text)
+                        for row, text in told)
+            print(f"{folder}, {'in' if inside else 'out'}side: of {len(told)} right {right}, declined "
+                  f"{declined}, wrong {len(told) - right - declined}", flush=True)
 
 
 @torch.no_grad()
@@ -442,7 +463,7 @@ def main(names):
     if names == ["fit"]:
         return fit()
     world = {"chat": chat, "bias": bias, "policies": policies, "best-of": best_of, "own": own_replies,
-             "follow": follow}
+             "follow": follow, "asked": asked}
     if names and names[0] in world:
         return world[names[0]](*names[1:])
     if names[:1] == ["run"]:
