@@ -24,8 +24,9 @@ from tqdm import tqdm
 from data import evaluation, prepare
 from data.batches import batch_at, map_microbatches, microbatches, rng, slice_batch
 from data.dry_run import run_dry
+from data.examples import load_demonstrations, load_prompts
 from data.run import Run, check_flags, linear_lr, machine, parse_flags, pick_device, require
-from data.tokenizer import count_targets, encode_demonstration, same_tokens
+from data.tokenizer import count_targets, same_tokens
 from memory import WORLD, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
 from model import (GPT, Scorer, by_reply, exported, generate_many, load_model, make_model,
                    negative_log_likelihood, policy_logprobs, reply_states, setup_training)
@@ -393,35 +394,6 @@ def evaluate(models, sets, tokenizer, cfg):
 
 
 # --- training -----------------------------------------------------------------------------------------------
-
-def load_prompts(cfg, tokenizer):
-    """-> (train rows, val rows), each with its `ids`."""
-    max_prompt_tokens = cfg.block_size - cfg.max_new_tokens
-    out = prepare.load(cfg.data, "prompts")
-    trimmed = 0
-    for row in out[0] + out[1]:
-        ids = tokenizer.prompt(row["prompt"], 10**9)  # uncut
-        row["ids"] = tokenizer.cut(ids, max_prompt_tokens)
-        trimmed += len(ids) > max_prompt_tokens
-    require(out[0], f"{cfg.data}: no prompts.")
-    require(cfg.reward != "check" or all("check" in row for row in out[0] + out[1]),
-            f"--reward=check: some prompts of {cfg.data} have no \"check\".")
-    print(f"{len(out[0]):,} prompts, {len(out[1]):,} held out; "
-          f"{trimmed} longer than {max_prompt_tokens} tokens lost their beginning")
-    return out
-
-
-def load_demonstrations(cfg, tokenizer):
-    """-> stage 1's examples, which --ptx_coef learns from, too."""
-    if not cfg.ptx_coef:
-        return None
-    examples = []
-    for row in prepare.load(cfg.data, "sft")[0]:
-        examples += encode_demonstration(row, tokenizer, cfg.block_size)
-    examples = [example for example in examples if count_targets([example])]
-    require(examples, f"--ptx_coef: no row of {cfg.data} has anything to learn from.")
-    return examples
-
 
 def load_models(cfg, device, dtype):
     """-> (Models, tokenizer). Reference and reward model are frozen copies of actor and critic, taken before

@@ -9,20 +9,19 @@ A model that only guesses has loss ln 2 = 0.693 and accuracy 0.5; noisy labels s
 
 DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy is its own reward model. Same pairs, same loss.
 """
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import hub, prepare
 from data.batches import batch_at, map_by_length, microbatches
 from data.dry_run import run_dry
 from data.evaluation import measure_sets, report
-from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
-from memory import QUIET, all_reduce_sum, frozen_copy, make_optimizer, phase, shard
+from data.examples import load_pairs, tokens_of_pair
+from data.run import Run, check_flags, linear_lr, parse_flags, pick_device
+from memory import all_reduce_sum, frozen_copy, make_optimizer, phase, shard
 from model import (GPT, Scorer, answer_prompts, exported, load_model, make_model, policy_logprobs,
                    setup_training)
 
@@ -57,42 +56,6 @@ class Config:
     log_every: int = 50
     eval_every: int = 1000
     save_every: int = 500
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-def encode_pair(row, tokenizer, block_size):
-    """-> ids of (prompt, chosen, rejected). A prompt that is too long loses its beginning, as much as the
-    longer reply asks for; None if only its last token would be left, <|assistant|>, or less."""
-    replies = [tokenizer.reply(row[side]) for side in ("chosen", "rejected")]
-    room = block_size - max(map(len, replies))
-    return (tokenizer.prompt(row["prompt"], room), *replies) if room > 1 else None
-
-
-def load_pairs(cfg, tokenizer):
-    """-> (train rows, val rows), each row with its `ids`. Ties teach nothing and are dropped."""
-    out, cut = [], 0
-    for rows in prepare.load(cfg.data, "preferences"):
-        for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
-            row["ids"] = encode_pair(row, tokenizer, cfg.block_size)
-        fit = [row for row in rows if row["ids"]]
-        out.append([row for row in fit if row["ids"][1] != row["ids"][2]])
-        first_tokens = [row["ids"][0][0] for row in out[-1]]
-        cut += sum(token != tokenizer.first for token in first_tokens)  # with which a whole dialogue begins
-        if len(fit) < len(rows):
-            print(f"dropped {len(rows) - len(fit):,} pairs whose longer reply alone fills {cfg.block_size} "
-                  "tokens")
-        if len(out[-1]) < len(fit):
-            print(f"dropped {len(fit) - len(out[-1]):,} pairs of equal replies")
-    require(out[0], f"{cfg.data}: no pair to learn from at --block_size={cfg.block_size}.")
-    print(f"{len(out[0]):,} pairs, {len(out[1]):,} held out; in {cut:,} the prompt lost its beginning to fit "
-          f"{cfg.block_size} tokens")
-    return out
-
-
-def tokens_of_pair(pair):
-    """What the two dialogues take as one row: see branching()."""
-    return sum(map(len, pair)) - len(os.path.commonprefix(pair[1:]))
 
 
 # --- mathematics --------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from data import prepare
 from data.batches import batch_at, map_by_length, microbatches, rng
 from data.dry_run import run_dry
 from data.evaluation import measure_sets, question_of
-from data.run import Run, check_flags, linear_lr, parse_flags, pick_device, require
-from data.tokenizer import count_targets, encode_demonstration
-from memory import QUIET, all_reduce_sum, make_optimizer, phase, shard
+from data.examples import load_examples
+from data.run import Run, check_flags, linear_lr, parse_flags, pick_device
+from data.tokenizer import count_targets
+from memory import all_reduce_sum, make_optimizer, phase, shard
 from model import GPT, answer_prompts, exported, generate_many, make_model, negative_log_likelihood
 
 
@@ -52,30 +53,6 @@ class Config:
     log_every: int = 50
     eval_every: int = 500
     save_every: int = 500
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-def load_examples(cfg, tokenizer):
-    """-> (train, val, characters): lists of (idx, targets), and how many characters val has if it is text."""
-    splits = prepare.load(cfg.data, "sft")
-    encoded, cut = [], 0
-    for rows in splits:
-        examples = []
-        for row in tqdm(rows, desc="encoding", leave=False, disable=QUIET):
-            examples += encode_demonstration(row, tokenizer, cfg.block_size)
-            first_token = examples[-1][0][0]
-            cut += "messages" in row and first_token != tokenizer.first  # with which a whole dialogue begins
-        encoded.append([example for example in examples if count_targets([example])])
-        if len(encoded[-1]) < len(examples):
-            print(f"dropped {len(examples) - len(encoded[-1])} rows with nothing to learn from")
-    train, val = encoded
-    require(train, f"{cfg.data}: no row has anything to learn from at --block_size={cfg.block_size}.")
-    tokens, learned = sum(len(idx) for idx, _ in train), count_targets(train)
-    print(f"{len(train):,} rows, {tokens:,} tokens, {100 * learned / tokens:.0f} % of them with a loss; "
-          f"{len(val):,} rows held out; {cut:,} longer than {cfg.block_size} tokens lost their beginning")
-    is_text = all("text" in row for row in splits[1])
-    return train, val, sum(len(row["text"]) for row in splits[1]) if is_text else 0
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------

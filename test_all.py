@@ -48,7 +48,7 @@ import model as m
 import ppo
 import reward
 import sft
-from data import batches, chat, dry_run, evaluation, hub, kernels, prepare, tokenizer
+from data import batches, chat, dry_run, evaluation, examples, hub, kernels, prepare, tokenizer
 from data import bpe as data_bpe
 from data import layouts as data_layouts
 from data import run as data_run
@@ -820,8 +820,8 @@ def test_both_replies_of_a_pair_see_the_same_prompt(tmp_path):
     # the longer reply fills what the prompt leaves
     prompt = [TINY.first, *TINY.encode(question.strip())][len(reply(longer)) - 64:]
     pair = prompt + [ASSISTANT], reply(longer)[1:], reply("No.")[1:]
-    assert reward.encode_pair(row, TINY, 64) == pair and len(pair[0] + pair[1]) == 64
-    assert reward.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
+    assert examples.encode_pair(row, TINY, 64) == pair and len(pair[0] + pair[1]) == 64
+    assert examples.encode_pair(row, TINY, len(reply(longer))) is None  # nothing of the prompt is left
     fits = len(reply("It is blue."))
     pairs, text = quiet(reward.load_pairs, small(reward, tmp_path, block_size=12), TINY)
     cut = sum(len(TINY.render(row["prompt"])[0]) + fits > 12 for rows in pairs for row in rows)
@@ -1853,7 +1853,7 @@ def test_dialogues_cut_short_or_with_nothing_to_learn_from_are_counted(tmp_path)
     longer = sum(len(TINY.render(row["messages"])[0]) - 1 > 16 for row in rows)
     assert 0 < longer and f"{longer} longer than 16 tokens" in text
     assert "dropped" not in quiet(sft.load_examples, small(sft, tmp_path), TINY)[1]
-    with mock.patch.object(sft, "encode_demonstration", lambda *_: [([1], [-1])]):
+    with mock.patch.object(examples, "encode_demonstration", lambda *_: [([1], [-1])]):
         refuses(lambda: sft.load_examples(cfg, TINY), "learn")
 
 def test_the_shift_is_measured_on_stage_1s_replies_to_training_prompts(tmp_path):
@@ -3096,7 +3096,7 @@ def test_the_whole_model_is_there_for_sampling_and_sharded_again_after_it():
 
 def test_imports_run_one_way_and_no_stage_imports_another():
     house = ("memory data.dry_run data.kernels data.bpe data.tokenizer data.layouts data.prepare data.hub "
-             "data.batches data.run data.evaluation model data.chat").split()
+             "data.batches data.run data.examples data.evaluation model data.chat").split()
     ours = re.compile(r"^ *from (memory|model|sft|reward|ppo|data(?:\.\w+)?) import (\w+)", re.M)
     for i, name in enumerate([*house, "sft", "reward", "ppo"]):
         text = (ROOT / f"{name.replace('.', '/')}.py").read_text().split("if __name__")[0]
