@@ -223,9 +223,9 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def rate(amount, seconds):
-    """Amount a second; a clock may stand still between two steps."""
-    return amount / max(seconds, 1e-9)
+def seconds_since(start):
+    """By time.perf_counter(). A clock may stand still between two steps; what divides by this never fails."""
+    return max(time.perf_counter() - start, 1e-9)
 
 
 # --- log, checkpoint, resume --------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class Run:
             require(math.isfinite(value), f"step {self.done}: {name} is {value}. Lower --lr or raise "
                                           f"--warmup. {self.out} keeps the last good checkpoint.")
         self.tokens += tokens
-        self.busy += time.perf_counter() - self.began
+        self.busy += seconds_since(self.began)
 
     def due(self, what):
         """Is it time to "log", "eval" or "save"? The last step is always logged and saved; a Ctrl-C in any
@@ -351,9 +351,9 @@ class Run:
 
     def report(self, line, **numbers):
         """Print the line and log the numbers, with the speed of the steps since the last report."""
-        seconds, total = time.perf_counter() - self.clock, self.cfg["steps"]
+        seconds, total = seconds_since(self.clock), self.cfg["steps"]
         step = f"step {self.done:{len(str(total))}}/{total}"
-        numbers |= {"tokens_per_s": rate(self.tokens, self.busy), "seconds": seconds,
+        numbers |= {"tokens_per_s": self.tokens / self.busy, "seconds": seconds,
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
         minutes, rest = divmod(seconds / (self.done - self.start) * (total - self.done), 60)
@@ -397,7 +397,7 @@ class Run:
     def finish(self, **summary):
         """Print the summary, make it the log's last line and return it. (Under torchrun: exit.)"""
         shown = " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-        print(f"{self.out}: {shown} | {time.perf_counter() - self.clock:.0f} s")
+        print(f"{self.out}: {shown} | {seconds_since(self.clock):.0f} s")
         self.log(**summary, final=True)
         if self.lock:
             self.lock.close()

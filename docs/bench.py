@@ -43,7 +43,7 @@ from data.batches import rng
 from data.chat import last_exchanges, score_dialogue
 from data.evaluation import calibration, passes, win_rate, yardsticks
 from data.prepare import by_set, load
-from data.run import memory_gb, parse_flags, pick_device, require
+from data.run import memory_gb, parse_flags, pick_device, require, seconds_since
 from data.tokenizer import Tokenizer
 from memory import OffloadedAdamW
 from model import GPT, GPTConfig, Scorer, generate, generate_many, load_model, policy_logprobs
@@ -82,7 +82,7 @@ def median_seconds(function, warmup, n):
     for _ in range(warmup + n):
         start = time.perf_counter()
         function()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_since(start))
     return sorted(seconds[warmup:])[n // 2]
 
 
@@ -194,7 +194,7 @@ def bench_ragged(name, pairs=128, batch=8, cut=512):
     start = time.perf_counter()
     for members in order:
         step(members)
-    seconds, (gflops, copy) = time.perf_counter() - start, machine_rates(torch.bfloat16)
+    seconds, (gflops, copy) = seconds_since(start), machine_rates(torch.bfloat16)
     print(json.dumps({"work": name, **{key: round(x, 3) for key, x in {
         "per_s": len(rows) / seconds, "real_tokens_per_s": real / seconds, "seconds": seconds,
         "machine_gflops": gflops, "machine_copy_gb_s": copy}.items()}}), flush=True)

@@ -51,7 +51,7 @@ import reward
 import sft
 from data import dry_run, hub
 from data.batches import rng
-from data.run import require
+from data.run import require, seconds_since
 
 START, BUDGET = time.time(), 530  # seconds
 SMOKE = "--smoke" in sys.argv
@@ -174,7 +174,7 @@ def seconds_of(function):
     since = time.perf_counter()
     function()
     synchronize()
-    return time.perf_counter() - since
+    return seconds_since(since)
 
 
 def median_seconds(function, warmup=2, n=3):
