@@ -1581,6 +1581,7 @@ FORMATS = {  # one record of each format -> what it must become
     "many rejected": ({"prompt": "Why?", "chosen": A, "rejected": [B, "So."]},
                       become(TALK, PAIR, PAIR | {"rejected": "So."})),
     "a system text told twice": ({"system": "Be brief.", "messages": [SYSTEM, *TALK]}, BRIEF),
+    "a label of another kind": ({"prompt": "Why?", "completion": A, "label": "physics"}, TALKS),
     "a prompt alone": ({"question": "Why?"}, {"sft": [], "preferences": [], "prompts": [{"prompt": Q}]}),
     "a turn to read, not to learn": ({"conversations": [*Q, assistant(B) | {"weight": 0}, *Q, assistant(A)]},
                                      become([*Q, assistant(B) | {"weight": 0}, *TALK])),

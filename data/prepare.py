@@ -128,6 +128,10 @@ def flag(value, name, family):
     return known[str(value).lower()]
 
 
+def as_it_is(value, name, family):
+    return value
+
+
 def first_or_second(value, name, family):
     if value not in (1, 2, "1", "2"):
         raise Unusable("no clear preference")
@@ -154,7 +158,7 @@ FIELDS = {level: {name: read for names, read in fields.items() for name in names
             "output response completion answer": reply, "chosen rejected": replies, "history": history,
             "system system_prompt input context output_1 output_2 text skill set": text,
             "preference": first_or_second, "agreement": share, "right check": pattern,
-            "label begins ends": flag},
+            "label begins ends": as_it_is},
     "turn": {"role from": role, "content value": text, "weight train loss": flag},
     "part": {"type text": text}}.items()}
 
@@ -253,8 +257,10 @@ def notes(r, *names):
 
 def demonstration(r, messages):
     check_turns(messages, "assistant")
-    if r.first("label") is False:
+    if r.first("label") in (False, "false", "False"):
         raise Unusable("label is false: not a reply to imitate")
+    if "label" in r and r["label"] not in (True, "true", "True"):
+        r.used.remove("label")  # of another kind
     if all("weight" in message for message in messages if message["role"] == "assistant"):
         raise Unusable("every reply has weight 0: nothing to learn")
     asked = {"prompt": messages[:-1], **notes(r, "right", "check")}
