@@ -2837,6 +2837,13 @@ def test_every_flag_is_refused_beyond_its_ends_and_trains_at_them(tmp_path):
             result, text = run(stage, tmp_path, **flags | {"out": str(tmp_path / "ends")})
             assert jsonl(tmp_path / "ends/log.jsonl")[-1]["final"], text
 
+    for name, value, words in (("top_p", 0.0, "above 0, at most 1"), ("top_p", 1.1, "above 0, at most 1"),
+                               ("top_k", -1, "at least 0"), ("temperature", -0.1, "at least 0")):
+        refuses(lambda: chat.main(chat.Config(**{name: value})), f"--{name}={value}: {words}.")
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        data_run.parse_flags(ppo.Config, ["--help"])
+    assert "of the probability ratio; above 0 [0.2]" in re.sub(r"\s+", " ", shown.getvalue())
+
 def test_a_clock_that_stands_still_a_warm_up_beyond_the_end_and_a_mad_reward_model(tmp_path):
     with mock.patch.object(data_run.time, "perf_counter", lambda: 5.0):
         run(sft, tmp_path)

@@ -678,9 +678,11 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--limit", type=int, default=0, help="stop after writing this many rows [0: all]")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="share of prompts held out [0.1]")
+    parser.add_argument("--limit", type=int, default=0,
+                        help="stop after writing this many rows; at least 0 [0: all]")
+    parser.add_argument("--val_fraction", type=float, default=0.1,
+                        help="share of prompts held out; at least 0, below 1 [0.1]")
     parser.add_argument("--max_tokens", type=int, default=0,
-                        help="drop rows of more GPT-2 tokens than this [0: none]")
+                        help="drop rows of more GPT-2 tokens than this; at least 0 [0: none]")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     main(**vars(parser.parse_args()))

@@ -357,8 +357,8 @@ class Run:
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
         minutes, rest = divmod(seconds / (self.done - self.start) * (total - self.done), 60)
-        tqdm.write(f"{step} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | {numbers['memory_gb']:.2f} GB | "
-                   f"{minutes:.0f}:{rest:02.0f} left")
+        tqdm.write(f"{step} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | "
+                   f"{numbers['memory_gb']:.2f} GB | {minutes:.0f}:{rest:02.0f} left")
         self.log(**numbers)
 
     def report_evaluation(self, **numbers):
