@@ -101,7 +101,7 @@ def main(cfg):
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys, where Python has it)
     if name == "tiny":
-        print('The bundled world knows "What is 2 plus 3?", "opposite of hot", "Spell lemon."; README lists more.')
+        print('It knows "What is 2 plus 3?", "opposite of hot", "Spell lemon." and what else README lists.')
     print("/reset forgets, Ctrl-C ends a reply, Ctrl-D leaves. Of a long dialogue it sees the last turns.")
     while True:
         try:
