@@ -385,8 +385,10 @@ def evaluate(models, sets, tokenizer, cfg):
     before = {name: answers(models.reference, rows, 1) for name, rows in sets.items()}
     after = {name: answers(models.actor, rows, 2) for name, rows in sets.items()}
     first, rows = next(iter(sets.items()))
-    repeated = [row for row in rows for _ in range(cfg.best_of_n)]
-    best = evaluation.best_of(answers(models.reference, repeated, 3), cfg.best_of_n)
+    best = before[first]
+    if cfg.best_of_n > 1:
+        repeated = [row for row in rows for _ in range(cfg.best_of_n)]
+        best = evaluation.best_of(answers(models.reference, repeated, 3), cfg.best_of_n)
     samples = evaluation.print_samples(rows, before[first], after[first], tokenizer)
     table = {name: evaluation.print_before_after(name, rows, before[name], after[name], tokenizer)
              for name, rows in sets.items()}
