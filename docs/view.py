@@ -301,7 +301,7 @@ def table(rows, head=()):
 
 def numbers_of(reply):
     rows = zip(reply["tokens"], *reply["columns"].values())
-    return table([(token, *(f"{x:.3f}" for x in numbers)) for token, *numbers in rows],
+    return table([(token, *(f"{round(x, 3) + 0.0:.3f}" for x in numbers)) for token, *numbers in rows],
                  ("token", *reply["columns"]))
 
 
