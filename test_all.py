@@ -625,10 +625,12 @@ def test_the_arithmetic_of_the_docstring_and_a_tenth_of_the_announced_memory(tmp
     assert run_dry(ppo, tmp_path, dtype="bfloat16", offload="all")[0]["peak_device_bytes"] < 0.16 * 2**30
 
 def test_it_needs_no_weights_takes_hub_names_and_keeps_an_earlier_log(tmp_path):
-    (tmp_path / "out/reward").mkdir(parents=True)
-    (tmp_path / "out/reward/log.jsonl").write_text('{"step": 1}\n')
-    result, text = run_dry(reward, tmp_path, checkpoint=True)
-    assert log(tmp_path / "out/reward") == [{"step": 1}, result]
+    for earlier in ("", '{"dry_run": true}\n', '{"step": 1}\n'):
+        (tmp_path / "out/reward").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out/reward/log.jsonl").write_text(earlier)
+        result, text = run_dry(reward, tmp_path, checkpoint=True)
+        assert log(tmp_path / "out/reward") == [{"step": 1} if "step" in earlier else result]
+    assert "reward/log.jsonl is a run's and stays as it is" in text
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {".lock", "log.jsonl"}
     assert "simulated" in text
     assert set(result) == {"dry_run", "peak_device_bytes", "peak_host_bytes", "phases"}

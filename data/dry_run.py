@@ -161,7 +161,8 @@ def run_dry(cfg, iteration):
         print("--dtype=auto: weights are counted in bfloat16; for a processor without it use --dtype=float32")
     path = Path(cfg.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.read_text().startswith('{"dry_run"'):
+    earlier = path.read_text() if path.exists() else ""
+    if earlier and not earlier.startswith('{"dry_run"'):
         print(f"{path} is a run's and stays as it is; another --out logs this dry run")
     else:
         path.write_text(json.dumps(result) + "\n")
