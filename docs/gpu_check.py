@@ -51,7 +51,7 @@ import reward
 import sft
 from data import dry_run, hub
 from data.batches import rng
-from data.run import require, seconds_since
+from data.run import pick_device, require, seconds_since
 
 START, BUDGET = time.time(), 530  # seconds
 SMOKE = "--smoke" in sys.argv
@@ -254,7 +254,7 @@ def in_transformers(net):
 def kernels():
     say(f"python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
         f"cuDNN {torch.backends.cudnn.version()}, {os.cpu_count()} cores")
-    m.pick_device(DEVICE.type, "auto")
+    pick_device(DEVICE.type, "auto")
     B, H, T, D = (2, 2, 16, 16) if SMOKE else (16, 12, 128, 64)
     for dtype, cudnn in itertools.product((BF16, F32), (True, False)):
         cudnn_attention(cudnn)
