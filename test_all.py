@@ -931,6 +931,8 @@ def test_a_folders_words_have_the_ids_that_its_merges_give(tmp_path):
         written = tokenizer.tokenizer_files(ours.name, 64)["tokenizer.json"]
         again = Tokenizer(words_folder(tmp_path / "again", written))
         assert again.words == ours.words and tokenizer.same_tokens(ours.name, again.name), way
+    damaged = words_folder(tmp_path / "damaged", stored_words(CHATML, absent=[ord("u")]))
+    refuses(lambda: Tokenizer(damaged), "no token for a letter of the chat format")  # tiktoken panics
     composed = Tokenizer(words_folder(tmp_path, stored_words(CHATML) | {"normalizer": {"type": "NFC"}}))
     assert composed.encode("cafe\u0301") == composed.encode("caf\u00e9") != ours.encode("cafe\u0301")
     for other in (composed.name, "tiny"):

@@ -94,6 +94,9 @@ class Tokenizer:
                                           special_tokens=words.control | words.atomic)
         self.ordinary = {*words.ranks.values(), *words.atomic.values()}  # ids that text can have
         self.end = words.control[self.chat.end]
+        written = self.chat.begin + self.chat.header.format(role="".join(self.chat.roles)) + self.chat.between
+        if not self.absent.isdisjoint(written.encode()):
+            raise SystemExit(f"{name}/tokenizer.json: no token for a letter of the chat format. Fetch it anew.")
         self.begin = self.encoding.encode(self.chat.begin, allowed_special="all")
         self.first = self.header("user", first=True)[0]  # with which every dialogue begins
 
