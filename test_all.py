@@ -800,6 +800,7 @@ def test_only_user_and_assistant_speak_and_a_system_message_goes_before_the_user
     turns = [system, user("a "), assistant("b"), user(" c"), assistant("d")]
     assert shown(turns) == TINY.encoding.decode(TINY.render(turns)[0]) == (
         "<|user|>Be brief.\n\na<|assistant|>b<|end|><|user|>c<|assistant|>d<|end|>")
+    assert TINY.render([system, user("a")]) == TINY.render([user("Be brief.\n\na")])
     kind = {"role": "system", "content": "Be kind."}
     assert prepare.join_systems([system, system, kind, user("a"), system, user("b")]) == [
         {"role": "system", "content": "Be brief.\n\nBe kind."}, user("a"), user("Be brief.\n\nb")]
@@ -1196,6 +1197,8 @@ def test_what_is_written_is_read_back_in_our_names_and_orientation(tmp_path):
         assert GPTConfig(**config_too) == net.cfg and config_too == hub.read_config(tmp_path)
         assert (stored.get("num_labels"), stored.get("pad_token_id")) == (labels, padding)
         assert tensors_too.keys() == tensors.keys() == net.state_dict().keys()
+        head = (tmp_path / "model.safetensors").read_bytes()[:8]
+        assert int.from_bytes(head, "little") % 8 == 0  # so that all tensors are aligned
         assert all(torch.equal(tensors_too[name], t) for name, t in net.state_dict().items())
 
 def test_what_is_no_gpt2_is_refused_by_name_and_no_code_runs(tmp_path):
@@ -1991,6 +1994,7 @@ def test_calibration_ceiling_win_rate_and_gold_of_known_cases():
     rows = [{"agreement": x, "skill": skill} for x, skill in ((0.9, "a"), (0.2, "a"), (0.7, "b"))] * 2
     table = evaluation.accuracy_table(rows, torch.tensor([1.0, 1, -1, 1, 1, 1]))
     assert table["a"] == (4, 1.0, 0.5)
+    assert [*evaluation.accuracy_table(rows[::-1], torch.ones(6))] == ["a", "b", "all"]
     close(table["all"][1:], (5 / 6, 4 / 6), 5e-6)
     assert evaluation.accuracy_table([{}], torch.ones(1))["all"][2] is None
     assert evaluation.accuracy_table([{"agreement": 0.5}], torch.zeros(1))["all"][1:] == (0.0, 0.0)
