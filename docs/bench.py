@@ -160,17 +160,16 @@ def bench_workload(name, size, dtype_name):
 # --- rows of real, unequal lengths --------------------------------------------------------------------------
 
 # HH-RLHF's helpful-base, https://huggingface.co/datasets/Anthropic/hh-rlhf, is not part of this project
-PREFERENCES = ("helpful-base.test.jsonl.gz", "../shared/data/hh-rlhf/helpful-base.test.jsonl.gz")
+PREFERENCES = "helpful-base.test.jsonl.gz"
 
 
 def bench_ragged(name, pairs=128, batch=8, cut=512):
     """GPT-2 124M, bfloat16: one pass over the file's first pairs, which lose their beginning beyond 512
     tokens, in batches of 8 pairs, or of 8 chosen dialogues. Print one JSON line."""
-    found = [path for path in PREFERENCES if Path(path).exists()]
-    require(found, f"{PREFERENCES[0]}: not here. It is a part of "
-                   "https://huggingface.co/datasets/Anthropic/hh-rlhf")
+    require(Path(PREFERENCES).exists(), f"{PREFERENCES}: not here. It is a part of "
+                                        "https://huggingface.co/datasets/Anthropic/hh-rlhf")
     encode, rows = Tokenizer("gpt2").encode, []
-    for line in gzip.open(found[0], "rt", encoding="utf-8"):
+    for line in gzip.open(PREFERENCES, "rt", encoding="utf-8"):
         pair = [encode(json.loads(line)[side]) for side in ("chosen", "rejected")]
         beyond = max(0, max(map(len, pair)) - cut)
         rows += [tuple(ids[beyond:] for ids in pair)] * (pair[0] != pair[1] and len(rows) < pairs)
