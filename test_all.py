@@ -2613,6 +2613,9 @@ def test_axes_have_round_numbers_and_step_lines_fit_a_terminal(tmp_path):
     text = run(ppo, tmp_path, steps=4, batch=4, log_every=2, eval_every=9, save_every=9)[1]
     lines = re.findall("^step .*", text, re.M)
     assert len(lines) == 2 and max(map(len, lines)) <= 108 and lines[-1].endswith("| 0:00 left"), lines
+    running = data_run.Run(dataclasses.replace(small(sft, tmp_path, out=f"{tmp_path}/timed"), steps=200))
+    running.done, running.clock, running.busy = 100, time.perf_counter() - 119.7, 1.0
+    assert "| 2:00 left" in quiet(running.report, "x")[1]
 
 def test_stage_1s_yardsticks_are_those_of_replies_sampled_to_the_first_set():
     rows = [{"prompt": [user(f"{i}?")], "check": "yes", "right": ".*yes.*"} for i in range(3)] + [

@@ -356,9 +356,9 @@ class Run:
         numbers |= {"tokens_per_s": self.tokens / self.busy, "seconds": seconds,
                     "memory_gb": memory_gb(self.device)}
         self.tokens, self.busy = 0, 0.0
-        minutes, rest = divmod(seconds / (self.done - self.start) * (total - self.done), 60)
+        minutes, rest = divmod(round(seconds / (self.done - self.start) * (total - self.done)), 60)
         tqdm.write(f"{step} | {line} | {numbers['tokens_per_s']:,.0f} tok/s | "
-                   f"{numbers['memory_gb']:.2f} GB | {minutes:.0f}:{rest:02.0f} left")
+                   f"{numbers['memory_gb']:.2f} GB | {minutes}:{rest:02} left")
         self.log(**numbers)
 
     def report_evaluation(self, **numbers):
