@@ -2500,6 +2500,9 @@ def test_the_evaluation_reports_known_replies_and_scores():
     args = ppo.Models(actor, reference, None, reward_model), {"held out": rows}, TINY, cfg
     with mock.patch.object(ppo, "generate_many", speak):
         (result, table, samples), text = quiet(ppo.evaluate, *args)
+        with mock.patch.object(ppo, "generate_many", side_effect=speak) as spoken:  # the best of one: no more
+            (of_one, *_), _ = quiet(ppo.evaluate, *args[:3], dataclasses.replace(cfg, best_of_n=1))
+        assert spoken.call_count == 2 and of_one["score_best_of_n"] == of_one["score_before"]
         del rows[0]["check"]  # without a yardstick the learned score decides
         (by_score, *_), _ = quiet(ppo.evaluate, *args)
     names = "right_before", "gold_before", "right_after", "gold_after"
