@@ -1765,6 +1765,8 @@ def test_instructions_to_follow_are_their_generators_and_their_checks_tell_kept_
     known = {row["skill"] for row in train}
     assert {row["skill"] for row in sets["new topics"] + sets["new wordings"]} == known
     assert {row["skill"] for row in sets["new kinds"]} == {*follow.NEW_KINDS}
+    for row in train + val:  # to say the instruction again is not to keep it
+        assert not evaluation.passes_check(row, row["prompt"][0]["content"]), row
     kept = {"words": "Rain is very wet", "one sentence": "Rain is wet.",
             "no comma": "Rain is wet and it is cold", "lower case": "all the rain falls down.",
             "capitals": "RAIN IS WET!", "begin": "Well, rain is wet.",

@@ -69,7 +69,7 @@ RANGES = {  # a bracket's end is allowed, a parenthesis' is not
     "max_new_tokens": "[0, 1000000]", "score_clip clip value_clip beta": "(0, inf)", "gamma lam": "[0, 1]",
     "top_p": "(0, 1]", "lr": "(0, 1)"}
 RANGES = {name: interval for names, interval in RANGES.items() for name in names.split()}
-CHOICES = {"tokenizer": ("tiny", "gpt2"), "offload": ("none", "optimizer", "all"),
+CHOICES = {"tokenizer": (*hub.VOCAB_SIZE,), "offload": ("none", "optimizer", "all"),
            "dtype": ("auto", "float32", "bfloat16")}
 DIVISIONS = [("n_embd", "n_head"), ("batch", "minibatch")]  # the first has to be a multiple of the second
 

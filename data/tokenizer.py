@@ -96,7 +96,8 @@ class Tokenizer:
         self.end = words.control[self.chat.end]
         written = self.chat.begin + self.chat.header.format(role="".join(self.chat.roles)) + self.chat.between
         if not self.absent.isdisjoint(written.encode()):
-            raise SystemExit(f"{name}/tokenizer.json: no token for a letter of the chat format. Fetch it anew.")
+            raise SystemExit(f"{name}/tokenizer.json: no token for a letter of the chat format. Fetch it "
+                             "anew.")
         self.begin = self.encoding.encode(self.chat.begin, allowed_special="all")
         self.first = self.header("user", first=True)[0]  # with which every dialogue begins
 

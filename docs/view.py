@@ -116,14 +116,14 @@ def overoptimisation(plt, runs):
 
 def kept(plt, runs):
     """Instructions kept, by kind, from the log of docs/bench.py follow: the first policy in it has the first
-    label, and so on; an average over the kinds, with its interval, in each panel's last row."""
+    label, and so on. The lowest row of each panel is the share of all its replies, with its interval."""
     log = read(runs[0][1])
     sets = list(dict.fromkeys(row["set"] for row in log))
     kinds = [list(next(row for row in log if row["set"] == name)["kinds"]) for name in sets]
     figure, axes = plt.subplots(len(sets), 1, figsize=(7, 0.3 * sum(map(len, kinds)) + 2.8), sharex=True,
                                 height_ratios=[len(names) + 1 for names in kinds])
     for axis, name, names in zip(axes, sets, kinds):
-        rows = [row for row in log if row["set"] == name]
+        rows = [row for row in log if row["set"] == name][:len(runs)]
         names = sorted(names, key=lambda kind: rows[-1]["kinds"][kind])
         axis.hlines(range(1, len(names) + 1), [min(row["kinds"][kind] for row in rows) for kind in names],
                     [max(row["kinds"][kind] for row in rows) for kind in names], color=GREY, alpha=0.4)

@@ -4,7 +4,7 @@ arXiv:2311.07911).
     python data/follow/make.py        # writes prompts.jsonl, prompts.val.jsonl and sft.jsonl beside this file
 
 A prompt asks something about an everyday topic and says how to answer. Its "check" matches a reply that
-keeps the instruction and names the topic. Three held-out sets, apart: new topics, new wordings of the
+keeps the instruction, names the topic and does not repeat the instruction. Three held-out sets, apart: new topics, new wordings of the
 instructions that training knows, and kinds of instruction that it does not. sft.jsonl shows each kind twice.
 """
 import json
@@ -115,8 +115,10 @@ def row(topic, kind, wording, draw, **more):
     while kind == "no e" and "e" in topic[:max(3, len(topic) - 3)]:
         topic = draw.choice(TOPICS)
     check, wordings = kinds(topic, draw)[kind]
-    asked = f"{draw.choice(QUESTIONS).format(topic)} {wordings[wording]}"
-    return {"prompt": [{"role": "user", "content": asked}], "check": check, "skill": kind, **more}
+    instruction = wordings[wording]
+    asked = f"{draw.choice(QUESTIONS).format(topic)} {instruction}"
+    repeated = f"(?is:(?!.*{re.escape(instruction.rstrip('.'))}))"  # to say it again is not to keep it
+    return {"prompt": [{"role": "user", "content": asked}], "check": repeated + check, "skill": kind, **more}
 
 
 def make(seed=0):
