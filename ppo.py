@@ -45,7 +45,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 90             # rollouts, each followed by `epochs` passes over it
+    steps: int = 110            # rollouts, each followed by `epochs` passes over it
     batch: int = 128            # replies per rollout
     minibatch: int = 64         # replies per gradient step; must divide `batch`
     microbatch: int = 16        # replies at once, 0: a minibatch; changes memory, not the gradient
@@ -55,7 +55,7 @@ class Config:
     max_new_tokens: int = 48    # of a reply
     block_size: int = 256       # tokens of prompt and reply together; longer prompts lose their beginning
     temperature: float = 0.7    # of the policy: divides the logits in rollout, reference and update alike
-    lr: float = 5e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
+    lr: float = 4e-4            # peak, decays linearly to 0; for GPT-2 124M about 1e-5
     warmup: int = 5             # rollouts
     weight_decay: float = 0.0
     grad_clip: float = 1.0      # global norm, of actor and critic each
@@ -146,8 +146,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
         loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),    ratio = exp(logprobs - old_logprobs)
 
-    -> (loss, tokens where the clip binds, approximate KL from old to new, ratio), each summed over the mask:
-    the caller divides by the tokens of its whole minibatch.
+    -> (loss, tokens where the clip binds (the second is larger), ratio - 1 - log ratio (whose mean is about the
+    KL from old to new), ratio), each summed over the mask: the caller divides by its minibatch's tokens.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()

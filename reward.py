@@ -42,7 +42,7 @@ class Config:
     batch: int = 64             # pairs per step
     microbatch: int = 0         # pairs at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer dialogues lose their beginning
-    lr: float = 1e-3            # peak; for GPT-2 124M about 1e-5
+    lr: float = 6e-4            # peak; for GPT-2 124M about 1e-5
     warmup: int = 100           # steps
     weight_decay: float = 0.1
     grad_clip: float = 1.0      # global norm

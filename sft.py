@@ -37,7 +37,7 @@ class Config:
     device: str = "auto"        # auto: cuda, then mps, then cpu
     dtype: str = "auto"         # of weights on the device; auto: bfloat16 where the processor has it
     seed: int = 0
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 24             # rows per step
     microbatch: int = 0         # rows at once, 0: all; changes memory, not the gradient
     block_size: int = 256       # tokens of context; longer rows lose their beginning

@@ -92,7 +92,7 @@ def calibration(plt, runs):
         axis.plot(sure, right, "o-", color=colour, linewidth=2.5, label=label)
     axis.set(xlabel="confidence: sigmoid(|score difference|)", ylabel="share of pairs in which it is right",
              ylim=(0, 1.02))
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=11)
     return figure, [axis]
 
 
@@ -104,10 +104,13 @@ def overoptimisation(plt, runs):
     for colour, (label, folder) in zip(COLOURS, runs):
         steps = [row for row in read(folder) if "kl" in row and "gold" in row]
         best_of = "n" in steps[0]
-        for axis, name in zip(axes, ("score", "gold")):
+        for axis, name, at_the_end in zip(axes, ("score", "gold"), ("score", "gold_after")):
             kl, y = ([row[key] for row in steps] for key in ("kl", name))
             axis.plot(*((kl, y) if best_of else map(smooth, (kl, y))), "o--" if best_of else "-",
                       color=colour, linewidth=2.5, label=label)
+            if not best_of:  # on held-out prompts
+                end = read(folder)[-1]
+                axis.plot(end["kl"], end[at_the_end], "D", color=colour)
     axes[0].set_ylabel("learned score")
     axes[1].set(ylabel="gold score", xlabel="KL from stage 1, nats a reply", ylim=(0, 1))
     axes[0].legend(frameon=False)
@@ -148,7 +151,7 @@ def memory(plt, runs):
     owners = "weights", "gradients", "optimizer", "activations", "KV cache", "logits"
     for colour, owner in zip(COLOURS, owners):
         sizes = [peak.get(owner, 0) / 2**30 for peak in peaks]
-        axis.barh(labels, sizes, left=left, color=colour, label=owner)
+        axis.barh(labels, sizes, left=left, color=colour, label=owner if max(sizes) > 0.01 else None)
         left = [a + b for a, b in zip(left, sizes)]
     for y, total in enumerate(left):
         axis.text(total, y, f" {total:.2f}", va="center")
