@@ -24,7 +24,8 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from itertools import permutations, product, takewhile
 from pathlib import Path
 
@@ -681,7 +682,9 @@ def broken(rng, skill, case, skills, whole=None):
                      rng.choice(good(rng, other, rng.choice(other.cases)).split()))
         text = " ".join(words)
     elif damage == 5 and other.openers != skill.openers:
-        text = good(rng, replace(skill, openers=other.openers), case)
+        elsewhere = copy(skill)
+        elsewhere.openers = other.openers
+        text = good(rng, elsewhere, case)
     else:
         text += " " + " ".join(rng.choice(skill.closers) for _ in range(rng.choice((2, 3, 4))))
     if re.fullmatch(check(skill, case), text):  # the answer to something else may be right here, too
