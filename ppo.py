@@ -146,8 +146,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
         loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),    ratio = exp(logprobs - old_logprobs)
 
-    -> (loss, tokens where the clip binds (the second is larger), ratio - 1 - log ratio (whose mean is about the
-    KL from old to new), ratio), each summed over the mask: the caller divides by its minibatch's tokens.
+    -> (loss, tokens where the clip binds (the second is larger), approximate KL from old to new (ratio - 1 -
+    log ratio), ratio), each summed over the mask: the caller divides by the tokens of its whole minibatch.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()

@@ -1822,13 +1822,13 @@ def test_the_bundled_set_is_its_generators_holds_prompts_out_and_its_checks_tell
     numbers = lambda row: sorted(re.findall(r"\d+", row["prompt"][-1]["content"]))
     trained = [numbers(row) for row in prompts[0] if row["skill"] == "sum"]
     assert not any(numbers(row) in trained for row in sets["new facts"] if row["skill"] == "sum")
-    for row in (row for row in prompts[1] if row["skill"] == "unknown"):  # whatever is asked, to admit it is right
+    for row in (row for row in prompts[1] if row["skill"] == "unknown"):  # to admit it is always right
         assert evaluation.passes_check(row, "Sorry. I do not know that.")
         assert not evaluation.passes_check(row, "Sure. It is 5.", "right")
-    short = [row for row in prompts[0] if re.match("(?i)and ", row["prompt"][-1]["content"])]  # stand behind another
+    short = [row for row in prompts[0] if re.match("(?i)and ", row["prompt"][-1]["content"])]
     assert len(short) > 100 and all(len(row["prompt"]) > 1 for row in short)
     typed = [json.loads(line) for line in open(ROOT / "data/tiny/asked.jsonl", encoding="utf-8")]
-    assert len(typed) == 150 and all(re.compile(row["right"]) and isinstance(row["inside"], bool) for row in typed)
+    assert len(typed) == 150 and all(re.compile(row["right"]) and "inside" in row for row in typed)
     turns = Counter(len(row["prompt"]) // 2 + 1 for row in prompts[0])
     assert max(turns) == 5 and 0.17 < 1 - turns[1] / sum(turns.values()) < 0.23
     assert 0.05 < turns[5] / sum(turns.values()) < 0.15

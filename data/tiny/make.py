@@ -14,8 +14,8 @@ It reckons with the numbers from 1 to 5 and knows a few words of each sort; of a
 does not know.
 
 Held out, in *.val.jsonl only: every tenth combination of a way to ask and a thing asked about; and, as sets
-of their own, "new facts" (2 and 5 are added, subtracted and compared in no lesson, and every tenth wish occurs
-in none), and "outside" (questions about things that occur in no lesson).
+of their own, "new facts" (2 and 5 are added, subtracted and compared in no lesson, and every tenth wish
+occurs in none), and "outside" (questions about things that occur in no lesson).
 """
 import base64
 import hashlib
