@@ -151,7 +151,7 @@ def memory(plt, runs):
     owners = "weights", "gradients", "optimizer", "activations", "KV cache", "logits"
     for colour, owner in zip(COLOURS, owners):
         sizes = [peak.get(owner, 0) / 2**30 for peak in peaks]
-        axis.barh(labels, sizes, left=left, color=colour, label=owner if max(sizes) > 0.01 else None)
+        axis.barh(labels, sizes, left=left, color=colour, label=owner if max(sizes) > 0.05 else None)
         left = [a + b for a, b in zip(left, sizes)]
     for y, total in enumerate(left):
         axis.text(total, y, f" {total:.2f}", va="center")
