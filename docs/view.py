@@ -77,7 +77,7 @@ def styles(plt, runs):
     wrong = [1 - max(r, g) for r, g in zip(right, good)]
     axis.stackplot([row["step"] for row in rows], good, manners, wrong, colors=COLOURS[2::-1],
                    labels=("right, polite, to the point", "right, but curt, rude or rambling", "wrong"))
-    axis.set(xlabel="PPO's rollouts", ylabel="share of replies", xlim=(1, rows[-1]["step"]), ylim=(0, 1))
+    axis.set(xlabel="PPO's rollouts", ylabel="share of replies in training", xlim=(1, rows[-1]["step"]), ylim=(0, 1))
     axis.legend(loc="lower right", fontsize=11)
     return figure, [axis]
 
