@@ -77,7 +77,8 @@ def styles(plt, runs):
     wrong = [1 - max(r, g) for r, g in zip(right, good)]
     axis.stackplot([row["step"] for row in rows], good, manners, wrong, colors=COLOURS[2::-1],
                    labels=("right, polite, to the point", "right, but curt, rude or rambling", "wrong"))
-    axis.set(xlabel="PPO's rollouts", ylabel="share of replies in training", xlim=(1, rows[-1]["step"]), ylim=(0, 1))
+    axis.set(xlabel="PPO's rollouts", ylabel="share of replies in training", ylim=(0, 1),
+             xlim=(1, rows[-1]["step"]))
     axis.legend(loc="lower right", fontsize=11)
     return figure, [axis]
 
@@ -108,8 +109,8 @@ def overoptimisation(plt, runs):
             kl, y = ([row[key] for row in steps] for key in ("kl", name))
             axis.plot(*((kl, y) if best_of else map(smooth, (kl, y))), "o--" if best_of else "-",
                       color=colour, linewidth=2.5, label=label)
-            if not best_of:  # on held-out prompts
-                end = read(folder)[-1]
+            end = read(folder)[-1]
+            if end.get("gold_after") is not None:  # of a run that has ended, on held-out prompts
                 axis.plot(end["kl"], end[at_the_end], "D", color=colour)
     axes[0].set_ylabel("learned score")
     axes[1].set(ylabel="gold score", xlabel="KL from stage 1, nats a reply", ylim=(0, 1))

@@ -4,8 +4,9 @@ arXiv:2311.07911).
     python data/follow/make.py        # writes prompts.jsonl, prompts.val.jsonl and sft.jsonl beside this file
 
 A prompt asks something about an everyday topic and says how to answer. Its "check" matches a reply that
-keeps the instruction, names the topic and does not repeat the instruction. Three held-out sets, apart: new topics, new wordings of the
-instructions that training knows, and kinds of instruction that it does not. sft.jsonl shows each kind twice.
+keeps the instruction, names the topic and does not repeat the instruction. Three held-out sets, apart: new
+topics, new wordings of the instructions that training knows, and kinds of instruction that it does not.
+sft.jsonl shows each kind twice.
 """
 import json
 import random

@@ -479,10 +479,10 @@ def unknown_skill(skills, rng):
                and not re.search("f[aou][gk]|bum|dik|kun|nig|pis|ret|tit|sex|pus", word)]
     strange = lambda pool: rng.choice(made_up if rng.random() < 0.3 else pool)
 
-    def about(name, **fields):
+    def about(name, **shown):
         skill = named[name]
-        return (rng.choice(skill.asks).format(**fields),
-                [rng.choice(skill.cores).format(**{**fields, "answer": rng.choice(skill.cases)["answer"]})
+        return (rng.choice(skill.asks).format(**shown),
+                [rng.choice(skill.cores).format(**{**shown, "answer": rng.choice(skill.cases)["answer"]})
                  for _ in range(3)])
 
     def about_word():
@@ -723,11 +723,12 @@ def two_replies(rng, skill, case, skills, kind):
 
 def draw(rng, skills, side, ways=None):
     """-> (skill, way to ask, case) from one side of the split."""
-    while True:
+    for _ in range(100_000):
         s = rng.choices(skills, [s.weight for s in skills])[0]
         ask, case = rng.choice(ways or s.asks), rng.choice(s.cases)
         if s.side(ask, case) == side:
             return s, ask, case
+    raise ValueError(f"{', '.join(s.name for s in skills)}: nothing to ask on the side {side!r}.")
 
 
 def dialogue(rng, skills, side, skill=None, mixed=False):
